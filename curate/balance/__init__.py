@@ -1,0 +1,1 @@
+"""Text-driven balancing of concepts."""

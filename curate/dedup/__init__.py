@@ -1,0 +1,1 @@
+"""Copies are found across shards."""

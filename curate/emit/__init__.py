@@ -1,0 +1,1 @@
+"""Subsets are written as releases."""

@@ -1,0 +1,1 @@
+"""Where stages run: in the process, or on Ray."""

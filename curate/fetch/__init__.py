@@ -1,0 +1,1 @@
+"""Images are downloaded, checked and stored."""

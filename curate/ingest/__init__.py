@@ -1,0 +1,1 @@
+"""URL tables and existing pools become the `samples` table."""

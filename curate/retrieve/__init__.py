@@ -1,0 +1,1 @@
+"""Pool images are chosen by nearness to seed sets or by cells."""

@@ -1,0 +1,1 @@
+"""Images and texts are measured; nothing is dropped here."""

@@ -1,0 +1,1 @@
+"""Subsets are chosen by SQL over the columns."""
