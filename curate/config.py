@@ -1,0 +1,205 @@
+"""The recipe file: YAML in, frozen and validated settings out.
+
+Unknown keys are refused, and every error names the key, what was found and what was expected. Settings that only one
+scorer understands are checked by that scorer in the plan (`curate/score/registry.py`). Nothing here reads data.
+"""
+
+import ipaddress
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Annotated, Any, Literal
+
+import yaml
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator, model_validator
+
+from curate.errors import ConfigError
+
+Fraction = Annotated[float, Field(gt=0, le=1)]
+Positive = Annotated[int, Field(gt=0)]
+SubsetName = Annotated[str, Field(pattern=r"^[A-Za-z][A-Za-z0-9_]{0,63}$")]
+
+
+class Settings(BaseModel):
+    """Base of all sections: immutable, unknown keys refused."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid", allow_inf_nan=False)
+
+
+class IngestSettings(Settings):
+    """Which rows exist. `sources` are tables of URLs; `adopt` are WebDataset folders that are indexed in place."""
+
+    sources: list[str] = []
+    adopt: list[str] = []
+    columns: dict[str, str] = {}  # ours: theirs, e.g. {url: URL, text: TEXT}; empty: recognised by their names
+    where: str | None = None  # SQL over the source's own columns, before anything is fetched
+    rows_per_shard: Positive = 10_000
+
+    @model_validator(mode="after")
+    def _one_kind(self) -> "IngestSettings":
+        if bool(self.sources) == bool(self.adopt):
+            raise ValueError("write either `sources` (tables of URLs) or `adopt` (existing WebDataset pools)")
+        return self
+
+
+class FetchSettings(Settings):
+    """How images are downloaded; resize names and meanings are img2dataset's."""
+
+    engine: Literal["curate", "img2dataset"] = "curate"
+    image_size: Positive = 512  # pixels
+    resize_mode: Literal["no", "border", "keep_ratio", "keep_ratio_largest", "center_crop"] = "keep_ratio_largest"
+    resize_only_if_bigger: bool = True
+    skip_reencode: bool = True  # keep the served bytes (less their metadata) where no pixel has to change
+    encode_format: Literal["jpg", "png", "webp"] = "jpg"
+    encode_quality: Annotated[int, Field(ge=1, le=100)] = 95
+    min_image_size: Annotated[int, Field(ge=0)] = 0  # pixels, the shorter side
+    max_aspect_ratio: Annotated[float, Field(gt=0)] | None = None
+    max_bytes: Positive = 50_000_000  # of one body
+    max_pixels: Positive = 100_000_000  # by the header, before decoding
+    contact: str | None = None  # mail address or page in the User-Agent; required beyond loopback
+    timeout_s: Annotated[float, Field(gt=0)] = 10.0  # of the whole transfer
+    retries: Annotated[int, Field(ge=0)] = 2
+    concurrency: Positive = 256  # requests at once per worker
+    per_host: Positive = 16  # requests at once per host and worker
+    allow_networks: list[str] = []  # e.g. [127.0.0.0/8] for a server of your own
+    strip_metadata: bool = True
+
+    @field_validator("allow_networks")
+    @classmethod
+    def _networks(cls, value: list[str]) -> list[str]:
+        for network in value:
+            ipaddress.ip_network(network)
+        return value
+
+
+class DedupSettings(Settings):
+    """One way of finding copies. `keep` is an SQL ordering: the first of a group stays."""
+
+    by: str  # sha256, image_phash, image_phash_text, embedding_<name>
+    keep: str = "width * height DESC, key"
+    radius: Annotated[int, Field(ge=0, le=10)] = 0  # Hamming distance, for image_phash
+    threshold: Annotated[float, Field(gt=-1, le=1)] | None = None  # cosine, for embedding_<name>
+
+
+class KeepTop(Settings):
+    """Keep the best share: rows whose `by` reaches the resolved threshold."""
+
+    by: str
+    fraction: Fraction
+
+
+class SubsetSettings(Settings):
+    """Rows that satisfy `where` and, of those, the best `keep_top.fraction`."""
+
+    where: str | None = None
+    keep_top: KeepTop | None = None
+
+
+class EmitSettings(Settings):
+    """How a release is written."""
+
+    samples_per_shard: Positive = 10_000
+    seed: int = 0
+    columns: list[str] | None = None  # in <key>.json; None: all that are known of the sample
+    group_samples: Positive = 1_000_000  # shuffled as one; above that the shuffle is two-level
+
+
+class EngineSettings(Settings):
+    """Where stages run. `workers` caps the processes of a stage by its name."""
+
+    driver: Literal["ray", "inline"] = "ray"
+    address: str | None = None  # of a Ray cluster; None: RAY_ADDRESS, else one on this machine
+    workers: dict[str, Positive] = {}
+    cpus: Positive | None = None  # of a cluster that we start ourselves; None: all cores
+
+
+class Recipe(Settings):
+    """A whole recipe file."""
+
+    pipeline: str = "image_text"
+    root: str
+    ingest: IngestSettings
+    fetch: FetchSettings | None = FetchSettings()
+    score: dict[SubsetName, dict[str, Any]] = {}
+    dedup: list[DedupSettings] = []
+    subsets: dict[SubsetName, SubsetSettings] = {}
+    emit: EmitSettings | None = EmitSettings()
+    engine: EngineSettings = EngineSettings()
+
+    @field_validator("fetch", "score", "dedup", "subsets", "emit", "engine", mode="before")
+    @classmethod
+    def _empty_section(cls, value: Any, info: Any) -> Any:
+        """`section:` with nothing behind it means its defaults."""
+        return type(cls.model_fields[info.field_name].get_default())() if value is None else value
+
+
+def load_recipe(path: str | Path, overrides: Sequence[str] = ()) -> Recipe:
+    """Read a recipe file and apply `a.b=c` overrides (values are YAML).
+
+    Raises ConfigError with the file, the key, what was found and what was expected.
+    """
+    file = Path(path)
+    try:
+        tree = yaml.safe_load(file.read_text(encoding="utf-8"))
+    except FileNotFoundError:
+        raise ConfigError(f"{path}: no such recipe file; `ls configs` shows those that come with curate") from None
+    except (OSError, UnicodeDecodeError, yaml.YAMLError) as error:
+        raise ConfigError(f"{path}: not a readable YAML file: {error}") from None
+    if not isinstance(tree, dict):
+        raise ConfigError(f"{path}: expected a mapping with `root:` and `ingest:`, found {type(tree).__name__}")
+    for override in overrides:
+        _apply(tree, override)
+    return parse_recipe(tree, str(path))
+
+
+def parse_recipe(tree: dict[str, Any], where: str = "recipe") -> Recipe:
+    """Validate a recipe that is already a mapping. Raises ConfigError."""
+    try:
+        return Recipe.model_validate(tree)
+    except ValidationError as error:
+        lines = [f"{where}: {_complaint(item)}" for item in error.errors()]
+        raise ConfigError("\n".join(lines)) from None
+
+
+def _complaint(item: Any) -> str:
+    key = ".".join(str(part) for part in item["loc"]) or "recipe"
+    if item["type"] == "extra_forbidden":
+        return f"{key}: unknown key; see the README's example for the keys of this section"
+    if item["type"] == "missing":
+        return f"{key}: required, and not there"
+    return f"{key}: {item['msg']}; found {item['input']!r}"[:500]
+
+
+def _apply(tree: dict[str, Any], override: str) -> None:
+    path, equals, text = override.partition("=")
+    keys = path.split(".")
+    if not equals or not all(keys):
+        raise ConfigError(f"--set {override}: expected section.key=value, e.g. --set emit.seed=1")
+    try:
+        value = yaml.safe_load(text)
+    except yaml.YAMLError as error:
+        raise ConfigError(f"--set {override}: the value is not YAML: {error}") from None
+    node: Any = tree
+    for depth, key in enumerate(keys[:-1]):
+        node = _child(node, key, override)
+        if node is None or not isinstance(node, dict | list):
+            raise ConfigError(f"--set {override}: {'.'.join(keys[: depth + 1])} is not a section")
+    last = keys[-1]
+    if isinstance(node, list):
+        index = _index(node, last, override)
+        node[index] = value
+    else:
+        node[last] = value
+
+
+def _child(node: Any, key: str, override: str) -> Any:
+    if isinstance(node, list):
+        return node[_index(node, key, override)]
+    if node.get(key) is None:
+        node[key] = {}
+    return node[key]
+
+
+def _index(node: list[Any], key: str, override: str) -> int:
+    if not key.isdigit() or int(key) >= len(node):
+        raise ConfigError(f"--set {override}: {key!r} is not a place in a list of {len(node)}")
+    return int(key)

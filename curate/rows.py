@@ -1,0 +1,120 @@
+"""A shard's tables seen as one wide table, and SQL over it: what selection, keeping orders and explanations read.
+
+Names: every column under its own name. Where the source came with a column that a stage computed too (COYO's `width`),
+the computed one has the name and the source's is `source_<name>`. Two computed tables must not share a column.
+Expressions are DuckDB's SQL over one row at a time; they cannot reach files or the network.
+"""
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+
+import duckdb
+import pyarrow as pa
+
+from curate.errors import PlanError
+from curate.schema import KEY, TableSpec
+from curate.store import Store
+
+SAMPLES = "samples"
+
+
+@dataclass(frozen=True)
+class Column:
+    """A name of the wide table and where it comes from."""
+
+    name: str
+    table: TableSpec
+    column: str
+
+    @property
+    def type(self) -> pa.DataType:
+        """Arrow type."""
+        return self.table.schema.field(self.column).type
+
+
+def columns_of(tables: Sequence[TableSpec]) -> dict[str, Column]:
+    """Every name of the wide table, in table order. Raises PlanError when two computed tables share a column."""
+    columns = {KEY.name: Column(KEY.name, tables[0], KEY.name)}
+    for spec in sorted(tables, key=lambda spec: spec.name == SAMPLES):  # computed names first: they win
+        for name in spec.columns:
+            held = columns.get(name)
+            if held is None:
+                columns[name] = Column(name, spec, name)
+            elif spec.name == SAMPLES:
+                columns[f"source_{name}"] = Column(f"source_{name}", spec, name)
+            else:
+                raise PlanError(
+                    f"column {name} is written by both {held.table.name} and {spec.name}; rename one scorer"
+                )
+    return columns
+
+
+def schema_of(columns: Mapping[str, Column]) -> pa.Schema:
+    """The wide table's schema."""
+    return pa.schema([pa.field(column.name, column.type) for column in columns.values()])
+
+
+def read_rows(store: Store, columns: Mapping[str, Column], names: Sequence[str], shard: str) -> pa.Table:
+    """`key` and the named columns of a shard, in the order asked for. Raises MissingTable."""
+    wanted = [columns[name] for name in dict.fromkeys(names) if name != KEY.name]
+    specs = list({column.table.name: column.table for column in wanted}.values()) or [columns[KEY.name].table]
+    arrays: dict[str, pa.ChunkedArray] = {}
+    for spec in specs:
+        mine = [column for column in wanted if column.table is spec]
+        table = store.read(spec, shard, [KEY.name, *(column.column for column in mine)])
+        arrays.setdefault(KEY.name, table.column(KEY.name))
+        for column in mine:
+            arrays[column.name] = table.column(column.column)
+    return pa.table({name: arrays[name] for name in dict.fromkeys([KEY.name, *names])})
+
+
+def connect() -> duckdb.DuckDBPyConnection:
+    """A DuckDB that can see nothing but what is registered with it."""
+    connection = duckdb.connect(config={"threads": "1", "enable_external_access": "false"})
+    connection.execute("SET python_enable_replacements=false")
+    return connection
+
+
+def evaluate(table: pa.Table, expressions: Mapping[str, str]) -> pa.Table:
+    """Each expression for each row, in row order. Raises PlanError with DuckDB's words when one does not bind."""
+    chosen = ", ".join(f'({text}) AS "{name}"' for name, text in expressions.items())
+    with connect() as connection:
+        connection.register("rows", table)
+        try:
+            return connection.sql(f"SELECT {chosen} FROM rows").to_arrow_table()  # noqa: S608  # the recipe's own SQL
+        except duckdb.Error as error:
+            raise PlanError(f"in {chosen}: {_first_lines(error)}") from None
+
+
+def order(table: pa.Table, ordering: str) -> list[int]:
+    """Row numbers in the order of an SQL ordering, e.g. `width * height DESC, key`. Raises PlanError."""
+    with connect() as connection:
+        connection.register("numbered", table.append_column("row_number_", pa.array(range(table.num_rows), pa.int64())))
+        try:
+            found = connection.sql(f"SELECT row_number_ FROM numbered ORDER BY {ordering}")  # noqa: S608
+            return [row for (row,) in found.fetchall()]
+        except duckdb.Error as error:
+            raise PlanError(f"in keep: {ordering}: {_first_lines(error)}") from None
+
+
+def names_in(expression: str, schema: pa.Schema) -> list[str]:
+    """The columns that an expression (or an ordering) reads. Raises PlanError for an unknown one, with near names.
+
+    Checked by binding it against an empty table, so that types are checked as well.
+    """
+    empty = schema.empty_table()
+    query = f"SELECT 1 FROM rows ORDER BY {expression}"  # noqa: S608
+    with connect() as connection:
+        connection.register("rows", empty)
+        try:
+            plan = connection.execute(f"EXPLAIN {query}")
+            plan.fetchall()
+        except duckdb.Error as error:
+            raise PlanError(f"{expression}: {_first_lines(error)}; columns: {', '.join(schema.names)}") from None
+        used = connection.execute("SELECT json_serialize_sql(?)", [query])
+        (tree,) = used.fetchall()[0]
+    return [name for name in schema.names if f'"{name.lower()}"' in tree.lower()]
+
+
+def _first_lines(error: Exception) -> str:
+    return " ".join(str(error).split("\n\n", maxsplit=1)[0].split())
