@@ -118,18 +118,18 @@ class Recipe(Settings):
     pipeline: str = "image_text"
     root: str
     ingest: IngestSettings
-    fetch: FetchSettings | None = FetchSettings()
+    fetch: FetchSettings = FetchSettings()
     score: dict[SubsetName, dict[str, Any]] = {}
     dedup: list[DedupSettings] = []
     subsets: dict[SubsetName, SubsetSettings] = {}
-    emit: EmitSettings | None = EmitSettings()
+    emit: EmitSettings = EmitSettings()
     engine: EngineSettings = EngineSettings()
 
     @field_validator("fetch", "score", "dedup", "subsets", "emit", "engine", mode="before")
     @classmethod
     def _empty_section(cls, value: Any, info: Any) -> Any:
         """`section:` with nothing behind it means its defaults."""
-        return type(cls.model_fields[info.field_name].get_default())() if value is None else value
+        return cls.model_fields[info.field_name].get_default() if value is None else value
 
 
 def load_recipe(path: str | Path, overrides: Sequence[str] = ()) -> Recipe:

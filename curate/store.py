@@ -106,6 +106,13 @@ class Store:
         except FileNotFoundError:
             return
 
+    def remove_tree(self, folder: str) -> None:
+        """Delete a folder with all that is in it; fine when it is not there."""
+        try:
+            self.fs.rm(self.full(folder), recursive=True)
+        except FileNotFoundError:
+            return
+
     @contextmanager
     def staged(self, path: str) -> Iterator[Path]:
         """A local path to write to, committed under `path` when the block ends without an error."""

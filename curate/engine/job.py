@@ -60,6 +60,11 @@ class Job:
             self._driver = self._open()
         return self._driver
 
+    @property
+    def set_aside(self) -> dict[str, str]:
+        """Shards that were given up, with the cause."""
+        return {name: cause for record in self.records for name, cause in record.set_aside.items()}
+
     def close(self) -> None:
         """Stop the engine if it was started."""
         if self._driver is not None:
@@ -121,7 +126,7 @@ class Job:
             "tables": [pack_spec(spec) for spec in self.tables.values()],
             "steps": [{"name": record.name, "tables": record.tables} for record in self.records],
             "shards": [shard.name for shard in self.shards],
-            "set_aside": {name: cause for record in self.records for name, cause in record.set_aside.items()},
+            "set_aside": self.set_aside,
         })  # fmt: skip
 
     def _register(self, step: Stage | CrossStep) -> None:

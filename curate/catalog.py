@@ -1,0 +1,86 @@
+"""The tables of a root as DuckDB views: what `curate sql`, `status` and reports ask.
+
+A view per table over its committed shards, and `rows`: all tables side by side (aligned, so joined by position) for the
+shards that every table has, with the names of `curate.rows`.
+"""
+
+from collections.abc import Mapping, Sequence
+
+import duckdb
+
+from curate.errors import MissingTable
+from curate.rows import SAMPLES, columns_of
+from curate.schema import TableSpec
+from curate.store import Store
+
+
+def open_catalog(store: Store, tables: Sequence[TableSpec], shards: Sequence[str]) -> duckdb.DuckDBPyConnection:
+    """A connection with a view per table and, if any shard has them all, the view `rows`."""
+    connection = duckdb.connect()
+    if not store.is_local:
+        connection.register_filesystem(store.fs)
+    done = {spec.name: store.done(spec) for spec in tables}
+    for spec in tables:
+        have = [shard for shard in shards if shard in done[spec.name]]
+        if have:
+            _view(connection, spec.name, _scan(store, spec, have))
+    whole = [shard for shard in shards if all(shard in names for names in done.values())]
+    if whole and tables:
+        joined = " POSITIONAL JOIN ".join(f'({_scan(store, spec, whole)}) AS "{spec.name}"' for spec in tables)
+        names = ", ".join(
+            f'"{column.table.name}"."{column.column}" AS "{name}"' for name, column in columns_of(tables).items()
+        )
+        _view(connection, "rows", f"SELECT {names} FROM {joined}")  # noqa: S608  # names of our own tables
+    return connection
+
+
+def find_sample(connection: duckdb.DuckDBPyConnection, key_or_url: str) -> list[str]:
+    """Keys of the samples with this key or URL (one URL may stand with several texts)."""
+    found = connection.execute(
+        f"SELECT DISTINCT key FROM {SAMPLES} WHERE key = ? OR url = ? ORDER BY key",  # noqa: S608
+        [key_or_url, key_or_url],
+    )
+    return [key for (key,) in found.fetchall()]
+
+
+def locate_sample(
+    store: Store, connection: duckdb.DuckDBPyConnection, samples: TableSpec, key: str
+) -> tuple[str, int]:
+    """(shard, row) of a key. Raises MissingTable when the pool has no such sample."""
+    found = connection.execute(
+        f"SELECT filename, file_row_number FROM ({_scan(store, samples, sorted(store.done(samples)), places=True)}) "  # noqa: S608
+        "WHERE key = ?",
+        [key],
+    ).fetchone()
+    if found is None:
+        raise MissingTable(f"no sample {key} under {store.root}")
+    return str(found[0]).rsplit("/", 1)[-1].removesuffix(".parquet"), int(found[1])
+
+
+def count_by(connection: duckdb.DuckDBPyConnection, table: str, expression: str) -> Mapping[str, int]:
+    """Rows per value of an expression, commonest first."""
+    rows = connection.execute(
+        f"SELECT CAST(({expression}) AS VARCHAR) AS what, count(*) AS n FROM {table} GROUP BY 1 ORDER BY n DESC, what"  # noqa: S608
+    )
+    return {str(what): int(count) for what, count in rows.fetchall()}
+
+
+def _view(connection: duckdb.DuckDBPyConnection, name: str, query: str) -> None:
+    connection.execute(f'CREATE VIEW "{name}" AS {query}')
+
+
+def _scan(store: Store, spec: TableSpec, shards: Sequence[str], places: bool = False) -> str:
+    files = [_path(store, spec, shard).replace("'", "''") for shard in shards]
+    listed = ", ".join(f"'{file}'" for file in files)
+    extra = ", filename = true, file_row_number = true" if places else ""
+    names = ", ".join(f'"{name}"' for name in spec.schema.names)
+    chosen = "*" if spec.open_schema or places else names
+    return f"SELECT {chosen} FROM read_parquet([{listed}], union_by_name = {spec.open_schema}{extra})"  # noqa: S608
+
+
+def _path(store: Store, spec: TableSpec, shard: str) -> str:
+    path = store.full(store.shard_path(spec, shard))
+    if store.is_local:
+        return path
+    protocol = store.fs.protocol if isinstance(store.fs.protocol, str) else store.fs.protocol[0]
+    return f"{protocol}://{path}"
