@@ -11,6 +11,8 @@ disk and a single object PUT elsewhere: nothing is ever half visible. The store 
 
 import json
 import os
+import socket
+import time
 import uuid
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
@@ -19,6 +21,7 @@ from tempfile import TemporaryDirectory
 from typing import Any, BinaryIO, cast
 
 import fsspec
+import psutil
 import pyarrow as pa
 import pyarrow.parquet as pq
 from fsspec.implementations.local import LocalFileSystem
@@ -28,6 +31,7 @@ from curate.schema import KEY, Shard, TableSpec, digest_keys
 
 KEYS_ENTRY = b"curate.keys"  # footer entry: digest of the keys, so that alignment is checked without reading a row
 ROWS_PER_GROUP = 2_500  # a reader of one column of a 10,000-row shard touches 4 chunks; smaller ones bloat footers
+UNFINISHED = ".tmp-"  # prefix of files being written
 GAP_BYTES = 128 * 1024  # on an object store one request of 128 KiB more costs less than a second request
 
 
@@ -69,7 +73,7 @@ class Store:
         except FileNotFoundError:
             return []
         names = (entry.rstrip("/").rsplit("/", 1)[-1] for entry in found)
-        return sorted(name for name in names if name and not name.startswith(".tmp-"))
+        return sorted(name for name in names if name and not name.startswith(UNFINISHED))
 
     def get_bytes(self, path: str) -> bytes:
         """A whole file. Raises FileNotFoundError."""
@@ -124,7 +128,7 @@ class Store:
             return
         target = Path(self.full(path))
         target.parent.mkdir(parents=True, exist_ok=True)
-        local = target.parent / f".tmp-{uuid.uuid4().hex}"
+        local = target.parent / f"{UNFINISHED}{socket.gethostname()}-{os.getpid()}-{uuid.uuid4().hex[:12]}"
         try:
             yield local
             with local.open("rb") as handle:
@@ -132,6 +136,18 @@ class Store:
             local.replace(target)
         finally:
             local.unlink(missing_ok=True)
+
+    def sweep(self, folder: str) -> int:
+        """Remove what killed writers left in a local folder; returns how many files.
+
+        A file is left alone while the process that writes it may live: on this machine, by its pid; else for a day.
+        """
+        if not self.is_local:
+            return 0  # elsewhere nothing is written in place
+        dead = [path for path in Path(self.full(folder)).glob(f"{UNFINISHED}*") if _is_dead(path)]
+        for path in dead:
+            path.unlink(missing_ok=True)
+        return len(dead)
 
     def open(self, path: str) -> BinaryIO:
         """Open for reading a path below the root, or a whole path or URL (an adopted tar)."""
@@ -281,6 +297,13 @@ class Store:
     def shards(self, samples: TableSpec) -> list[Shard]:
         """Every shard of the pool, in order of ingestion."""
         return [Shard(shard["name"], shard["rows"]) for batch in self.batches(samples) for shard in batch["shards"]]
+
+
+def _is_dead(path: Path) -> bool:
+    host, pid, _ = path.name.removeprefix(UNFINISHED).rsplit("-", 2)
+    if host == socket.gethostname():
+        return not psutil.pid_exists(int(pid))
+    return time.time() - path.stat().st_mtime > 24 * 3600
 
 
 def _check_schema(where: str, spec: TableSpec, found: pa.Schema) -> None:

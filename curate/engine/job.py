@@ -160,6 +160,8 @@ class Job:
                 for report in reports:
                     gathered[report.stage].append(report)
                 ticker.advance(reports[0].rows, _note(gathered))
+        for spec in (spec for stage in stages for spec in stage.tables):
+            self.store.sweep(self.store.folder(spec))
         for record in records:
             reports = gathered[record.name]
             record.counts = total([report.counts for report in reports])
