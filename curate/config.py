@@ -41,6 +41,12 @@ class IngestSettings(Settings):
         return self
 
 
+class VerifyHash(Settings):
+    """Refuse bytes that are not those the table was made from (an expired domain may serve anything)."""
+
+    column: str  # of the source table: hex MD5, SHA-1, SHA-256 or SHA-512, told by its length
+
+
 class FetchSettings(Settings):
     """How images are downloaded; resize names and meanings are img2dataset's."""
 
@@ -62,6 +68,21 @@ class FetchSettings(Settings):
     per_host: Positive = 16  # requests at once per host and worker
     allow_networks: list[str] = []  # e.g. [127.0.0.0/8] for a server of your own
     strip_metadata: bool = True
+    connect_timeout_s: Annotated[float, Field(gt=0)] = 5.0  # also of a DNS lookup
+    first_byte_timeout_s: Annotated[float, Field(gt=0)] = 10.0  # until the headers are there
+    min_rate_bytes_s: Annotated[float, Field(ge=0)] = 500.0  # after three seconds of body
+    dns_servers: list[str] = []  # e.g. [127.0.0.1] for a resolver of your own; empty: the machine's
+    dns_concurrency: Positive = 32  # lookups at once per worker
+    robots: bool = True  # honour robots.txt: one request more for each host
+    opt_out: bool = True  # honour X-Robots-Tag (noai, noimageai, noindex, noimageindex, noml) and tdm-reservation
+    verify_hash: VerifyHash | None = None
+    block_domains: list[str] = []  # files or URLs of lists, one entry a line; a hit is never stored
+    block_urls: list[str] = []
+    block_url_hashes: list[str] = []  # MD5, SHA-1 or SHA-256 of the URL
+    block_hashes: list[str] = []  # MD5, SHA-1 or SHA-256 of the bytes
+    block_phashes: list[str] = []  # 16 hex digits
+    block_phash_radius: Annotated[int, Field(ge=0, le=16)] = 4  # bits
+    decoders: Positive | None = None  # decoding processes per worker; None: one per core
 
     @field_validator("allow_networks")
     @classmethod

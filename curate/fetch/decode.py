@@ -1,0 +1,191 @@
+"""Bytes of a stranger to 8-bit sRGB pixels, or a refusal.
+
+JPEG, nearly all of the web, goes through OpenCV with DCT scaling; everything else (and CMYK or truncated JPEG) through
+Pillow, restricted to the reader of the sniffed format. Runs in a process of its own (`decoder.py`): a decoder that
+crashes takes one sample with it. Pixel counts are checked before anything of that size is allocated.
+"""
+
+import io
+from dataclasses import dataclass
+from functools import lru_cache
+from typing import Any
+
+import cv2
+import numpy as np
+import numpy.typing as npt
+from PIL import Image, ImageCms
+
+from curate.fetch.outcome import Refusal, brief
+from curate.fetch.sniff import Jpeg, kind_of, read_jpeg, size_of
+
+Pixels = npt.NDArray[np.uint8]  # height x width x 3, BGR (OpenCV's order, in which it also encodes)
+
+Image.MAX_IMAGE_PIXELS = None  # `max_pixels` is checked here, from the header
+_PILLOW_FORMATS = {
+    "jpeg": "JPEG", "png": "PNG", "gif": "GIF", "webp": "WEBP", "bmp": "BMP", "tiff": "TIFF", "avif": "AVIF"
+}  # fmt: skip
+_REDUCED = {2: cv2.IMREAD_REDUCED_COLOR_2, 4: cv2.IMREAD_REDUCED_COLOR_4, 8: cv2.IMREAD_REDUCED_COLOR_8}
+
+
+@dataclass(frozen=True)
+class Decoded:
+    """Decoded pixels, not yet turned or converted.
+
+    `width`, `height`: of the file, pixels, before DCT scaling and orientation. `plain`: the file's own bytes show
+    exactly these pixels in sRGB (no alpha, one frame, 8 bits, no foreign profile, upright).
+    """
+
+    kind: str
+    pixels: Pixels
+    width: int
+    height: int
+    orientation: int
+    icc: bytes | None
+    plain: bool
+
+
+@dataclass(frozen=True)
+class Header:
+    """What is known before decoding."""
+
+    kind: str
+    width: int
+    height: int
+    jpeg: Jpeg | None = None
+
+
+def read_header(data: bytes, max_pixels: int) -> Header:
+    """Format and size. Raises Refusal: not_image, decode_error, too_many_pixels.
+
+    For TIFF and AVIF the size is read by Pillow, whose open allocates no pixels.
+    """
+    kind = kind_of(data)
+    if kind is None:
+        raise Refusal("not_image", f"begins with {data[:12]!r}")
+    jpeg = read_jpeg(data) if kind == "jpeg" else None
+    size = (jpeg.width, jpeg.height) if jpeg else size_of(data, kind)
+    if size is not None:
+        _cap(size, max_pixels)
+    if kind not in ("jpeg", "png"):  # GIF frames may exceed the screen, WebP's canvas is read twice: ask the reader too
+        with _opened(data, kind) as image:
+            size = image.size
+        _cap(size, max_pixels)
+    assert size is not None
+    return Header(kind, *size, jpeg)
+
+
+def _cap(size: tuple[int, int], max_pixels: int) -> None:
+    if size[0] * size[1] > max_pixels:
+        raise Refusal("too_many_pixels", f"{size[0]}x{size[1]} claimed; {max_pixels} pixels allowed")
+
+
+def decode(data: bytes, header: Header, denominator: int = 1) -> Decoded:
+    """Decode; JPEG at 1/denominator (1, 2, 4, 8) of its size. Raises Refusal("decode_error")."""
+    jpeg = header.jpeg
+    if jpeg is not None and jpeg.components in (1, 3) and jpeg.precision == 8 and _has_end(data, jpeg):
+        flags = _REDUCED.get(denominator, cv2.IMREAD_COLOR) | cv2.IMREAD_IGNORE_ORIENTATION
+        try:
+            pixels: Any = cv2.imdecode(np.frombuffer(data, np.uint8), flags)
+        except cv2.error as error:
+            raise Refusal("decode_error", brief(str(error))) from None
+        if pixels is None:
+            raise Refusal("decode_error", "JPEG data is broken")
+        icc = jpeg.icc if transform_of(jpeg.icc, "RGB") is not None else None
+        plain = jpeg.orientation == 1 and icc is None
+        return Decoded("jpeg", pixels, jpeg.width, jpeg.height, jpeg.orientation, icc, plain)
+    return _decode_pillow(data, header, denominator)
+
+
+def _has_end(data: bytes, jpeg: Jpeg) -> bool:
+    """OpenCV fills a truncated picture with grey and says nothing; Pillow, which sees it, gets those without EOI."""
+    return data.rfind(b"\xff\xd9", jpeg.scan) > 0
+
+
+def _opened(data: bytes, kind: str) -> Image.Image:
+    try:
+        return Image.open(io.BytesIO(data), formats=[_PILLOW_FORMATS[kind]])
+    except Exception as error:  # whatever a reader raises on hostile bytes means one thing
+        raise Refusal("decode_error", brief(error)) from None
+
+
+def _decode_pillow(data: bytes, header: Header, denominator: int) -> Decoded:
+    with _opened(data, header.kind) as image:
+        try:
+            if denominator > 1:
+                image.draft(None, (header.width // denominator, header.height // denominator))
+            frames = getattr(image, "n_frames", 1) if header.kind != "tiff" else 1
+            orientation = image.getexif().get(0x0112, 1)
+            icc = image.info.get("icc_profile")
+            image.load()
+            mode = image.mode
+            rgb, icc = _to_rgb(image, icc)
+            pixels = np.ascontiguousarray(np.asarray(rgb)[:, :, ::-1])
+        except Exception as error:
+            raise Refusal("decode_error", brief(error)) from None
+    orientation = orientation if isinstance(orientation, int) and 1 <= orientation <= 8 else 1
+    depth8 = header.kind != "png" or data[24] <= 8
+    plain = (
+        frames == 1 and mode in ("RGB", "L", "P", "1") and "transparency" not in image.info
+        and orientation == 1 and icc is None and depth8
+    )  # fmt: skip
+    return Decoded(header.kind, pixels, header.width, header.height, orientation, icc, plain)
+
+
+def _to_rgb(image: Image.Image, icc: bytes | None) -> tuple[Image.Image, bytes | None]:
+    """To 8-bit RGB: alpha over white, 16 bits by their high byte, CMYK by its profile. Returns a profile left to apply.
+
+    An RGB profile is applied after resizing, when there are fewer pixels; one of another colour space only fits here.
+    """
+    if image.mode.startswith(("I", "F")):
+        values = np.asarray(image).astype(np.float64)
+        top = 1.0 if image.mode == "F" and values.size and np.nanmax(values) <= 1.0 else 65_535.0
+        if image.mode != "F" and values.size and values.max() <= 255:
+            top = 255.0
+        levels = np.nan_to_num(values * (255.0 / top)).clip(0, 255).astype(np.uint8)
+        return Image.fromarray(levels).convert("RGB"), None
+    if image.mode == "CMYK":
+        transform = transform_of(icc, "CMYK")
+        return (image.convert("RGB") if transform is None else _apply(image, transform)), None
+    if "transparency" in image.info or image.mode in ("RGBA", "LA", "PA", "RGBa", "La"):
+        layered = image.convert("RGBA")
+        flat = Image.new("RGB", layered.size, (255, 255, 255))
+        flat.paste(layered, mask=layered.getchannel("A"))
+        image = flat
+    elif image.mode != "RGB":
+        image = image.convert("RGB")
+    return image, icc if transform_of(icc, "RGB") is not None else None
+
+
+def to_srgb(pixels: Pixels, icc: bytes | None) -> Pixels:
+    """Pixels in the profile's space to sRGB; unchanged without a usable RGB profile."""
+    transform = transform_of(icc, "RGB")
+    if transform is None:
+        return pixels
+    converted = _apply(Image.fromarray(np.ascontiguousarray(pixels[:, :, ::-1])), transform)
+    return np.ascontiguousarray(np.asarray(converted)[:, :, ::-1])
+
+
+def _apply(image: Image.Image, transform: ImageCms.ImageCmsTransform) -> Image.Image:
+    converted = ImageCms.applyTransform(image, transform)
+    assert converted is not None
+    return converted
+
+
+@lru_cache(maxsize=64)
+def transform_of(icc: bytes | None, mode: str) -> ImageCms.ImageCmsTransform | None:
+    """The way from this profile to sRGB; None when there is nothing to do or the profile is unusable.
+
+    Cached: a few dozen profiles cover the web, and building one takes longer than using it on a small picture.
+    """
+    if not icc or len(icc) > 4_000_000:
+        return None
+    try:
+        profile = ImageCms.ImageCmsProfile(io.BytesIO(icc))
+        space = str(getattr(profile.profile, "xcolor_space", "")).strip()
+        if space != mode:
+            return None
+        if mode == "RGB" and (profile.profile.profile_description or "").lower().startswith(("srgb", "c2")):
+            return None
+        return ImageCms.buildTransform(profile, ImageCms.createProfile("sRGB"), mode, "RGB")
+    except (ImageCms.PyCMSError, OSError, ValueError, TypeError):
+        return None

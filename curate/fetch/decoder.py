@@ -1,0 +1,85 @@
+"""The decoding process: bodies in, pictures out, over one socket.
+
+It exists to be killed. A hostile file that crashes, hangs or inflates a decoder takes this process and one sample with
+it, never the shard. It opens no file and no connection, and ends when its parent does.
+"""
+
+import contextlib
+import json
+import os
+import resource
+import socket
+import struct
+import sys
+from dataclasses import asdict, replace
+from typing import Any
+
+from curate.fetch.images import ImageSettings, process
+from curate.fetch.outcome import Picture
+
+REQUEST = struct.Struct("<Q")  # bytes of the body that follows
+REPLY = struct.Struct("<IQ")  # bytes of the JSON facts, bytes of the image
+MEMORY_BYTES = 6 * 1024**3  # address space; a 100-megapixel PNG with alpha needs 1.2 GB at its worst
+_FACTS = ("status", "error", "ext", "width", "height", "original_width", "original_height", "phash")
+
+
+def pack(picture: Picture) -> bytes:
+    """A picture as one message."""
+    facts = json.dumps([getattr(picture, name) for name in _FACTS]).encode()
+    return REPLY.pack(len(facts), len(picture.data)) + facts + picture.data
+
+
+def unpack(facts: bytes, data: bytes) -> Picture:
+    """The picture of a message's two parts."""
+    return replace(Picture(**dict(zip(_FACTS, json.loads(facts), strict=True))), data=data)
+
+
+def settings_text(settings: ImageSettings) -> str:
+    """Settings as a command-line argument."""
+    return json.dumps(asdict(settings))
+
+
+def _receive(link: socket.socket, length: int) -> bytearray | None:
+    """Exactly `length` bytes; None at the end of the stream."""
+    buffer = bytearray(length)
+    view, filled = memoryview(buffer), 0
+    while filled < length:
+        count = link.recv_into(view[filled:])
+        if not count:
+            return None
+        filled += count
+    return buffer
+
+
+def serve(descriptor: int, settings: ImageSettings) -> None:
+    """Answer requests until the other end closes."""
+    _confine()
+    with contextlib.closing(socket.socket(fileno=descriptor)) as link:
+        link.setblocking(True)
+        while (head := _receive(link, REQUEST.size)) is not None:
+            body = _receive(link, REQUEST.unpack(head)[0])
+            if body is None:
+                return
+            link.sendall(pack(process(bytes(body), settings)))
+
+
+def _confine() -> None:
+    """Limits that a decoder of pictures never needs to reach, and no chatter of C libraries on the user's terminal."""
+    import cv2  # noqa: PLC0415
+
+    cv2.setNumThreads(1)  # parallel over pictures, not inside one
+    for kind, limit in ((resource.RLIMIT_CORE, 0), (resource.RLIMIT_AS, MEMORY_BYTES), (resource.RLIMIT_FSIZE, 0)):
+        with contextlib.suppress(ValueError, OSError):
+            resource.setrlimit(kind, (limit, limit))
+    quiet = os.open(os.devnull, os.O_WRONLY)
+    os.dup2(quiet, 2)
+
+
+def main(arguments: list[str]) -> None:
+    """`decoder.py FD SETTINGS-JSON`, started by the pool."""
+    values: dict[str, Any] = json.loads(arguments[1])
+    serve(int(arguments[0]), ImageSettings(**values))
+
+
+if __name__ == "__main__":
+    main(sys.argv[1:])

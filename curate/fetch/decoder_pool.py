@@ -1,0 +1,131 @@
+"""A few decoding processes behind one asyncio call.
+
+A process that dies or runs too long costs the sample it held (after a second try in a fresh process, since the damage
+may have been done by the sample before) and is replaced.
+"""
+
+import asyncio
+import contextlib
+import json
+import os
+import socket
+import subprocess
+import sys
+
+from curate.errors import StageError
+from curate.fetch import decoder
+from curate.fetch.images import ImageSettings
+from curate.fetch.outcome import Picture
+
+SOCKET_BUFFER = 1024 * 1024  # bytes; a body then goes over in one or two calls
+DECODE_S = 30.0  # of one picture; 100 megapixels of progressive JPEG take 4 s
+START_S = 120.0  # imports of NumPy and OpenCV from a cold network disk
+STARTS_IN_VAIN = 3
+_PROGRAM = "import sys, json; sys.path[:] = json.loads(sys.argv[3]); from curate.fetch.decoder import main; main(sys.argv[1:3])"
+
+
+class _Process:
+    """One child and the socket to it."""
+
+    def __init__(self, settings: ImageSettings) -> None:
+        ours, theirs = socket.socketpair()
+        for end in (ours, theirs):
+            end.setsockopt(socket.SOL_SOCKET, socket.SO_SNDBUF, SOCKET_BUFFER)
+            end.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, SOCKET_BUFFER)
+        ours.setblocking(False)
+        environment = {**os.environ, "OMP_NUM_THREADS": "1", "OPENBLAS_NUM_THREADS": "1"}
+        self.link, self.answered = ours, False
+        with theirs:
+            self.child = subprocess.Popen(  # noqa: S603  # our own interpreter and module
+                [sys.executable, "-c", _PROGRAM, str(theirs.fileno()), decoder.settings_text(settings), json.dumps(sys.path)],
+                pass_fds=[theirs.fileno()], stdin=subprocess.DEVNULL, env=environment,
+            )  # fmt: skip
+
+    async def ask(self, body: bytes) -> Picture:
+        """Send one body, wait for its picture. Raises ConnectionError when the process is gone."""
+        loop = asyncio.get_running_loop()
+        await loop.sock_sendall(self.link, decoder.REQUEST.pack(len(body)))
+        await loop.sock_sendall(self.link, body)
+        head = await self._receive(decoder.REPLY.size)
+        facts_length, image_length = decoder.REPLY.unpack(head)
+        rest = await self._receive(facts_length + image_length)
+        self.answered = True
+        return decoder.unpack(bytes(rest[:facts_length]), bytes(rest[facts_length:]))
+
+    async def _receive(self, length: int) -> memoryview:
+        loop = asyncio.get_running_loop()
+        view, filled = memoryview(bytearray(length)), 0
+        while filled < length:
+            count = await loop.sock_recv_into(self.link, view[filled:])
+            if not count:
+                raise ConnectionResetError("the decoder is gone")
+            filled += count
+        return view
+
+    def end(self) -> str:
+        """Kill and reap; says how it had ended."""
+        code = self.child.poll()
+        self.link.close()
+        self.child.kill()
+        last = self.child.wait()
+        return f"signal {-last}" if code is not None and last < 0 else f"exit {code}"
+
+
+class DecoderPool:
+    """At most `count` processes, started when needed; used from one event loop."""
+
+    def __init__(self, settings: ImageSettings, count: int, decode_s: float = DECODE_S) -> None:
+        self._settings, self._count, self._decode_s = settings, count, decode_s
+        self._idle: asyncio.LifoQueue[_Process | None] = asyncio.LifoQueue()
+        self._all: set[_Process] = set()
+        self._in_vain = 0
+        for _ in range(count):
+            self._idle.put_nowait(None)  # started when first needed
+
+    async def close(self) -> None:
+        """End all processes."""
+        for process in list(self._all):
+            self._end(process)
+
+    async def process(self, body: bytes) -> Picture:
+        """The picture of a body, computed in one of the processes. Raises StageError when none can be started."""
+        picture = await self._try(body)
+        if picture.status == "decode_crash" and "longer than" not in (picture.error or ""):
+            picture = await self._try(body)
+        return picture
+
+    async def _try(self, body: bytes) -> Picture:
+        process = await self._idle.get()
+        keep: _Process | None = None
+        try:
+            if process is None:
+                process = _Process(self._settings)
+                self._all.add(process)
+            limit = self._decode_s if process.answered else self._decode_s + START_S
+            async with asyncio.timeout(limit):
+                picture = await process.ask(body)
+            keep, self._in_vain = process, 0
+            return picture
+        except TimeoutError:
+            return Picture("decode_crash", f"longer than {self._decode_s:g} s in the decoder")
+        except OSError:
+            assert process is not None
+            await asyncio.sleep(0.05)  # let it become a zombie, so that its signal is known
+            how = self._end(process)
+            if not process.answered:
+                self._in_vain += 1
+                if self._in_vain > STARTS_IN_VAIN * (self._count + 1):
+                    raise StageError(
+                        f"decoder processes end before their first picture ({how}); run with fetch.decoders: 0 to see why"
+                    ) from None
+            return Picture("decode_crash", f"the decoder ended with {how}")
+        finally:
+            if keep is None and process is not None:
+                self._end(process)
+            self._idle.put_nowait(keep)
+
+    def _end(self, process: _Process) -> str:
+        self._all.discard(process)
+        with contextlib.suppress(ProcessLookupError):
+            return process.end()
+        return "exit"

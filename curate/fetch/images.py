@@ -1,0 +1,174 @@
+"""One body to one stored picture: checked, resized as img2dataset would, encoded, stripped. A pure function.
+
+Equal bytes and settings give equal bytes. Sizes are those a viewer shows (EXIF orientation applied). Refuses nothing by
+name: only content counts.
+"""
+
+from dataclasses import dataclass
+
+import cv2
+import numpy as np
+
+from curate.fetch.decode import Header, Pixels, decode, read_header, to_srgb
+from curate.fetch.outcome import Picture, Refusal
+from curate.fetch.strip import stripped
+
+EXTENSIONS = {"jpeg": "jpg", "png": "png", "webp": "webp"}
+PNG_LEVEL = 6  # img2dataset's png quality is 0–9; a value beyond is a jpg quality left in the recipe
+# Decode at 1/2, 1/4 or 1/8 only while at least this many decoded pixels remain per stored one along a side.
+SCALE_MARGIN = 2.0
+
+
+@dataclass(frozen=True)
+class ImageSettings:
+    """What a picture must be and how it is stored; names and meanings are img2dataset's. Sizes in pixels."""
+
+    image_size: int = 256
+    resize_mode: str = "keep_ratio_largest"
+    resize_only_if_bigger: bool = True
+    encode_format: str = "jpg"
+    encode_quality: int = 95
+    skip_reencode: bool = True
+    strip_metadata: bool = True
+    min_image_size: int = 0
+    max_aspect_ratio: float | None = None
+    max_pixels: int = 100_000_000
+    with_phash: bool = False
+
+
+def process(data: bytes, settings: ImageSettings) -> Picture:
+    """Check, decode, resize and encode one body. Never raises for what the bytes hold."""
+    try:
+        return _process(data, settings)
+    except Refusal as refusal:
+        return Picture(refusal.status, refusal.error)
+    except MemoryError:
+        return Picture("decode_error", "out of memory while decoding")
+
+
+def _process(data: bytes, settings: ImageSettings) -> Picture:
+    header = read_header(data, settings.max_pixels)
+    _check_shape(header, settings)
+    size = resized(header.width, header.height, settings)
+    may_keep = size is None and settings.skip_reencode and EXTENSIONS.get(header.kind) == settings.encode_format
+    decoded = decode(data, header, _denominator(header, size, may_keep and not settings.with_phash))
+    if may_keep and decoded.plain:
+        kept = stripped(data, header) if settings.strip_metadata else data
+        if kept is not None:
+            phash = perceptual_hash(decoded.pixels) if settings.with_phash else None
+            return _stored(kept, settings, header.width, header.height, header, phash=phash)
+    if decoded.pixels.shape[:2] != (header.height, header.width) and size is None:
+        decoded = decode(data, header)  # decoded small only to see whether the bytes are sound
+    pixels = decoded.pixels if size is None else _resize(decoded.pixels, size, header)
+    pixels = _turn(to_srgb(pixels, decoded.icc), decoded.orientation)
+    phash = perceptual_hash(pixels) if settings.with_phash else None
+    if size is not None:
+        pixels = _frame(pixels, settings)
+    height, width = pixels.shape[:2]
+    turned = decoded.orientation >= 5
+    return _stored(_encode(pixels, settings), settings, width, height, header, turned=turned, phash=phash)
+
+
+def _stored(
+    data: bytes, settings: ImageSettings, width: int, height: int, header: Header,
+    *, turned: bool = False, phash: int | None = None,
+) -> Picture:  # fmt: skip
+    original = (header.height, header.width) if turned else (header.width, header.height)
+    return Picture("ok", None, data, settings.encode_format, width, height, *original, phash)
+
+
+def _check_shape(header: Header, settings: ImageSettings) -> None:
+    short, long = sorted((header.width, header.height))
+    if short < settings.min_image_size:
+        raise Refusal(
+            "too_small", f"{header.width}x{header.height}; the shorter side must have {settings.min_image_size}"
+        )
+    if settings.max_aspect_ratio is not None and long / short > settings.max_aspect_ratio:
+        raise Refusal("bad_ratio", f"{header.width}x{header.height}; at most {settings.max_aspect_ratio:g} to 1")
+
+
+def resized(width: int, height: int, settings: ImageSettings) -> tuple[int, int] | None:
+    """(width, height) after resizing, before cropping or padding; None where the picture is left as it is.
+
+    `keep_ratio` and `center_crop` bring the shorter side to image_size, `keep_ratio_largest` and `border` the longer.
+    Source: img2dataset `resizer.py`, with albumentations' rounding.
+    """
+    if settings.resize_mode == "no":
+        return None
+    side = min(width, height) if settings.resize_mode in ("keep_ratio", "center_crop") else max(width, height)
+    if settings.resize_only_if_bigger and side <= settings.image_size:
+        return None
+    scale = settings.image_size / side
+    return max(1, round(width * scale)), max(1, round(height * scale))
+
+
+def _denominator(header: Header, size: tuple[int, int] | None, only_check: bool) -> int:
+    """How far a JPEG may be scaled down while decoding."""
+    if only_check:
+        return 8
+    if size is None:
+        return 1
+    ratio = min(header.width / size[0], header.height / size[1]) / SCALE_MARGIN
+    return 8 if ratio >= 8 else 4 if ratio >= 4 else 2 if ratio >= 2 else 1
+
+
+def _resize(pixels: Pixels, size: tuple[int, int], header: Header) -> Pixels:
+    if (pixels.shape[1], pixels.shape[0]) == size:
+        return pixels
+    shrink = header.width * header.height > size[0] * size[1]
+    kind = cv2.INTER_AREA if shrink else cv2.INTER_LANCZOS4
+    return np.asarray(cv2.resize(pixels, size, interpolation=kind), np.uint8)
+
+
+def _turn(pixels: Pixels, orientation: int) -> Pixels:
+    """Apply EXIF orientation 1–8."""
+    if orientation in (5, 6, 7, 8):
+        pixels = np.asarray(cv2.transpose(pixels), np.uint8)
+    flip = {2: 1, 3: -1, 4: 0, 6: 1, 7: -1, 8: 0}.get(orientation)
+    return pixels if flip is None else np.asarray(cv2.flip(pixels, flip), np.uint8)
+
+
+def _frame(pixels: Pixels, settings: ImageSettings) -> Pixels:
+    """Crop or pad to a square where the mode asks for one."""
+    side = settings.image_size
+    height, width = pixels.shape[:2]
+    if settings.resize_mode == "center_crop":
+        top, left = (height - side) // 2, (width - side) // 2
+        return np.ascontiguousarray(pixels[top : top + side, left : left + side])
+    if settings.resize_mode == "border":
+        framed = np.full((max(side, height), max(side, width), 3), 255, np.uint8)
+        top, left = (framed.shape[0] - height) // 2, (framed.shape[1] - width) // 2
+        framed[top : top + height, left : left + width] = pixels
+        return framed
+    return pixels
+
+
+def _encode(pixels: Pixels, settings: ImageSettings) -> bytes:
+    quality = settings.encode_quality
+    if settings.encode_format == "jpg":
+        options = [cv2.IMWRITE_JPEG_QUALITY, quality]
+    elif settings.encode_format == "webp":
+        options = [cv2.IMWRITE_WEBP_QUALITY, quality]
+    else:
+        options = [cv2.IMWRITE_PNG_COMPRESSION, quality if quality <= 9 else PNG_LEVEL]
+    try:
+        done, encoded = cv2.imencode(f".{settings.encode_format}", pixels, options)
+    except cv2.error:
+        done = False
+    if not done:
+        height, width = pixels.shape[:2]
+        raise Refusal("decode_error", f"{width}x{height} pixels do not fit a {settings.encode_format} file")
+    return bytes(encoded.tobytes())
+
+
+def perceptual_hash(pixels: Pixels) -> int:
+    """64-bit DCT hash, bit order of `imagehash.phash`: Lanczos to 32x32 grey, 8x8 low frequencies against their median."""
+    from PIL import Image  # noqa: PLC0415  # only when a pHash block list is given
+
+    grey = Image.fromarray(np.ascontiguousarray(pixels[:, :, ::-1])).convert("L")
+    small = np.asarray(grey.resize((32, 32), Image.Resampling.LANCZOS), np.float64)
+    steps = np.arange(32)
+    basis = np.cos(np.pi * np.outer(np.arange(8), 2 * steps + 1) / 64)
+    low = basis @ small @ basis.T
+    bits = (low > np.median(low)).ravel()
+    return int.from_bytes(np.packbits(bits).tobytes(), "big")
