@@ -43,9 +43,7 @@ def find_sample(connection: duckdb.DuckDBPyConnection, key_or_url: str) -> list[
     return [key for (key,) in found.fetchall()]
 
 
-def locate_sample(
-    store: Store, connection: duckdb.DuckDBPyConnection, samples: TableSpec, key: str
-) -> tuple[str, int]:
+def locate_sample(store: Store, connection: duckdb.DuckDBPyConnection, samples: TableSpec, key: str) -> tuple[str, int]:
     """(shard, row) of a key. Raises MissingTable when the pool has no such sample."""
     found = connection.execute(
         f"SELECT filename, file_row_number FROM ({_scan(store, samples, sorted(store.done(samples)), places=True)}) "  # noqa: S608

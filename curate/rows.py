@@ -5,8 +5,10 @@ the computed one has the name and the source's is `source_<name>`. Two computed 
 Expressions are DuckDB's SQL over one row at a time; they cannot reach files or the network.
 """
 
-from collections.abc import Mapping, Sequence
+import json
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import duckdb
 import pyarrow as pa
@@ -111,9 +113,22 @@ def names_in(expression: str, schema: pa.Schema) -> list[str]:
             plan.fetchall()
         except duckdb.Error as error:
             raise PlanError(f"{expression}: {_first_lines(error)}; columns: {', '.join(schema.names)}") from None
-        used = connection.execute("SELECT json_serialize_sql(?)", [query])
-        (tree,) = used.fetchall()[0]
-    return [name for name in schema.names if f'"{name.lower()}"' in tree.lower()]
+        parsed = connection.execute("SELECT json_serialize_sql(?)", [query])
+        (tree,) = parsed.fetchall()[0]
+    used = {name.lower() for name in _column_refs(json.loads(tree))}  # DuckDB's names know no case
+    return [name for name in schema.names if name.lower() in used]
+
+
+def _column_refs(node: Any) -> Iterator[str]:
+    """Names in the COLUMN_REF nodes of DuckDB's syntax tree."""
+    if isinstance(node, list):
+        for child in node:
+            yield from _column_refs(child)
+    elif isinstance(node, dict):
+        if node.get("class") == "COLUMN_REF":
+            yield node["column_names"][-1]
+        for child in node.values():
+            yield from _column_refs(child)
 
 
 def _first_lines(error: Exception) -> str:

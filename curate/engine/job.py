@@ -42,7 +42,12 @@ class Job:
     """See the module's docstring. `shards` are those that no stage has set aside."""
 
     def __init__(
-        self, recipe: Recipe, *, dry: bool = False, driver: Callable[[], Driver] | None = None, forgiving: bool = False
+        self,
+        recipe: Recipe,
+        *,
+        dry: bool = False,
+        driver: Callable[[], Driver] | None = None,
+        retry: frozenset[str] = frozenset(),
     ) -> None:
         self.recipe, self.dry = recipe, dry
         self.store = Store(recipe.root)
@@ -51,7 +56,7 @@ class Job:
         self.records: list[StepRecord] = []
         self._driver: Driver | None = None
         self._open = driver or (lambda: open_driver(recipe.engine))
-        self._forgiving = forgiving
+        self._retry = retry
 
     @property
     def driver(self) -> Driver:
@@ -85,7 +90,7 @@ class Job:
         for stage in stages:
             self._register(stage)
             stage.check(self.store)
-        if not self.dry and self._forgiving:
+        if not self.dry and "set_aside" in self._retry:
             for stage in stages:
                 forgive(self.store, stage)
         given_up = {stage.name: set_aside(self.store, stage) for stage in stages}

@@ -1,0 +1,338 @@
+"""The `curate` command: thin words over what the floors below do. Every error says what to do next."""
+
+import importlib
+import pkgutil
+import sys
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from functools import wraps
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+from rich.console import Console
+from rich.markup import escape
+from rich.table import Table
+
+from curate.catalog import find_sample, locate_sample, open_catalog
+from curate.config import Recipe, load_recipe, parse_recipe
+from curate.engine.job import PLAN, Job, unpack_spec
+from curate.errors import ConfigError, CurateError, PlanError
+from curate.report.funnel import funnel
+from curate.rows import SAMPLES
+from curate.schema import TableSpec
+from curate.store import Store
+
+app = typer.Typer(
+    no_args_is_help=True,
+    rich_markup_mode="markdown",
+    pretty_exceptions_enable=False,
+    help="Turn tables of image URLs and captions into training sets.\n\n"
+    "Start with `curate demo`. Then: write a recipe (see `configs/`), look at it with `curate plan`, run it with "
+    "`curate run`, ask the result with `curate status`, `sql` and `explain`. Running anything twice does only what is "
+    "missing.",
+)
+weights_app = typer.Typer(no_args_is_help=True, help="Model files: what is needed, from where, under which licence.")
+app.add_typer(weights_app, name="weights")
+
+out = Console()
+RecipeFile = Annotated[Path, typer.Argument(help="Recipe file, e.g. configs/demo.yaml", show_default=False)]
+Overrides = Annotated[
+    list[str] | None,
+    typer.Option("--set", help="Override a key of the recipe; repeat for more.", metavar="a.b=VALUE"),
+]
+Root = Annotated[
+    str, typer.Option("--root", envvar="CURATE_ROOT", help="Root of a run: a folder or URL.", show_default=False)
+]
+EngineName = Annotated[str | None, typer.Option("--engine", help="ray or inline; overrides engine.driver.")]
+
+
+def guarded(command: Callable[..., None]) -> Callable[..., None]:
+    """Errors raised on purpose become one message and exit code 2; anything else keeps its traceback."""
+
+    @wraps(command)
+    def run(*args: Any, **kwargs: Any) -> None:
+        try:
+            command(*args, **kwargs)
+        except CurateError as error:
+            Console(stderr=True, soft_wrap=True).print(f"[bold red]{type(error).__name__}[/]: {escape(str(error))}")
+            raise typer.Exit(2) from None
+
+    return run
+
+
+@app.command()
+@guarded
+def run(
+    recipe: RecipeFile,
+    overrides: Overrides = None,
+    engine: EngineName = None,
+    retry: Annotated[
+        str | None,
+        typer.Option(help="Statuses to fetch again, e.g. timeout,dns,http_5xx; set_aside tries given-up shards again."),
+    ] = None,
+) -> None:
+    """Run a recipe: everything that is missing, nothing that is there.
+
+    Example: `curate run configs/coyo700m.yaml --set root=s3://bucket/run --set ingest.sources='["s3://…/*.parquet"]'`
+    """
+    settings = _recipe(recipe, overrides, engine)
+    statuses = {word.strip() for word in (retry or "").split(",") if word.strip()}
+    execute(settings, statuses)
+
+
+@app.command()
+@guarded
+def plan(recipe: RecipeFile, overrides: Overrides = None) -> None:
+    """Check a recipe and print what a run would do, without running anything.
+
+    Settings, columns, expressions, weights and storage are checked; what is wrong is named with the key.
+    """
+    settings = _recipe(recipe, overrides, "inline")
+    job = _go(settings, dry=True)
+    out.print(_plan_table(job))
+    for name, cause in job.set_aside.items():
+        out.print(f"set aside: {name}: {cause}", markup=False)
+
+
+@app.command()
+@guarded
+def status(where: Annotated[str, typer.Argument(help="Recipe file or root of a run.")]) -> None:
+    """What is done and what is not, from the store alone: safe at any time, also beside a run."""
+    store, tables, note = _opened(_root_of(where))
+    shards = [shard.name for shard in store.shards(tables[0])]
+    table = Table("table", "fingerprint", "shards done", "of", title=store.root)
+    for spec in tables:
+        done = store.done(spec)
+        table.add_row(spec.name, spec.fingerprint, f"{len(done & set(shards)):,}", f"{len(shards):,}")
+    out.print(table)
+    _print_funnel(store, tables, shards)
+    for name, cause in note["set_aside"].items():
+        out.print(f"set aside: {name}: {cause}", markup=False)
+    latest = _latest(store)
+    out.print(f"latest release: {store.url('releases/' + latest) if latest else 'none'}", markup=False, soft_wrap=True)
+
+
+@app.command()
+@guarded
+def explain(
+    sample: Annotated[str, typer.Argument(help="The key of a sample, or its URL.", metavar="KEY-or-URL")],
+    root: Root,
+) -> None:
+    """Everything known of one sample: all its columns, and for each subset the first clause that refused it."""
+    from curate.select.step import explain_row  # noqa: PLC0415  # only here
+
+    store, tables, note = _opened(root)
+    shards = [shard.name for shard in store.shards(tables[0])]
+    recipe = parse_recipe(note["recipe"], store.url(PLAN))
+    with open_catalog(store, tables, shards) as connection:
+        keys = find_sample(connection, sample)
+        if not keys:
+            raise PlanError(f"no sample with key or URL {sample!r} under {store.root}")
+        for key in keys:
+            shard, row = locate_sample(store, connection, tables[0], key)
+            _print_sample(store, tables, shard, row)
+            for verdict in explain_row(store, tables, recipe.subsets, shard, row):
+                out.print(verdict, markup=False, soft_wrap=True)
+
+
+@app.command()
+@guarded
+def sql(
+    query: Annotated[str, typer.Argument(help="DuckDB SQL, e.g. 'SELECT status, count(*) FROM images GROUP BY 1'")],
+    root: Root,
+    out_file: Annotated[Path | None, typer.Option("--out", help="Write Parquet or CSV instead of printing.")] = None,
+    limit: Annotated[int, typer.Option(help="Rows printed.")] = 50,
+) -> None:
+    """Ask the tables of a run. Views: one per table, and `rows` with all columns side by side.
+
+    Example: `curate sql "SELECT host, avg(clip_similarity_vitl14) …" --root out/demo`
+    """
+    import duckdb  # noqa: PLC0415  # for its error class only
+
+    store, tables, _ = _opened(root)
+    shards = [shard.name for shard in store.shards(tables[0])]
+    with open_catalog(store, tables, shards) as connection:
+        try:
+            relation = connection.sql(query)
+        except duckdb.Error as error:
+            raise PlanError(f"{str(error).strip()}\nviews: {', '.join(spec.name for spec in tables)}, rows") from None
+        if relation is None:
+            return
+        if out_file is not None:
+            writer = relation.write_csv if out_file.suffix == ".csv" else relation.write_parquet
+            writer(str(out_file))
+            return
+        table = Table(*relation.columns)
+        for row in relation.limit(limit).fetchall():
+            table.add_row(*(escape(str(value)) for value in row))
+        out.print(table)
+
+
+@app.command()
+@guarded
+def verify(
+    release: Annotated[str, typer.Argument(help="<root>/releases/<name>, or a root (its latest release).")],
+) -> None:
+    """Read every tar of a release again and compare it with the manifest. Exit code 2 when anything differs."""
+    from curate.emit.verify import verify_release  # noqa: PLC0415  # only here
+
+    root, name = _release_of(release)
+    report = verify_release(root, name)
+    out.print(f"{root}/releases/{name}: {report}", markup=False, soft_wrap=True)
+
+
+@app.command()
+@guarded
+def demo(
+    root: Annotated[Path, typer.Option(help="Where the demo's web and run are kept.")] = Path("out/demo"),
+    engine: EngineName = None,
+    port: Annotated[int, typer.Option(help="Port of the demo's web server on 127.0.0.1.")] = 18765,
+) -> None:
+    """Run the whole line offline: draw a small web, serve it on 127.0.0.1, and curate it with the real engine.
+
+    It ends with the funnel, where the subsets lie, how to load them, and what was found of what was planted.
+    """
+    from curate.demo.run import run_demo  # noqa: PLC0415  # drawing and serving are for the demo only
+
+    run_demo(root, port, lambda overrides: execute(_recipe(_configs() / "demo.yaml", overrides, engine)), out)
+
+
+def execute(recipe: Recipe, retry: set[str] | None = None) -> Job:
+    """Plan, then run, then say what came of it."""
+    _go(recipe, dry=True)
+    job = _go(recipe, retry=retry or set())
+    tables = list(job.tables.values())
+    _print_funnel(job.store, tables, [shard.name for shard in job.store.shards(tables[0])])
+    for name, cause in job.set_aside.items():
+        out.print(f"set aside: {name}: {cause}", markup=False, soft_wrap=True)
+    _print_release(job)
+    return job
+
+
+def _go(recipe: Recipe, *, dry: bool = False, retry: set[str] | None = None) -> Job:
+    """Take a recipe's pipeline through a job."""
+    retry = retry or set()
+    job = Job(recipe, dry=dry, retry=frozenset(retry))
+    try:
+        _pipeline(recipe.pipeline)(job)
+        if not dry:
+            job.note()
+    finally:
+        job.close()
+    return job
+
+
+def _pipeline(name: str) -> Callable[[Job], None]:
+    package = importlib.import_module("pipelines")
+    known = sorted(module.name for module in pkgutil.iter_modules(package.__path__))
+    if name not in known:
+        raise ConfigError(f"pipeline: {name!r} is not one of {', '.join(known)}")
+    chosen: Callable[[Job], None] = importlib.import_module(f"pipelines.{name}").run
+    return chosen
+
+
+def _recipe(path: Path, overrides: list[str] | None, engine: str | None) -> Recipe:
+    chosen = [*(overrides or []), *([f"engine.driver={engine}"] if engine else [])]
+    return load_recipe(path, chosen)
+
+
+def _configs() -> Path:
+    return Path(str(importlib.import_module("configs").__path__[0]))
+
+
+def _root_of(where: str) -> str:
+    if where.endswith((".yaml", ".yml")):
+        return load_recipe(where).root
+    return where
+
+
+def _opened(root: str) -> tuple[Store, list[TableSpec], Any]:
+    store = Store(root)
+    note = store.get_json(PLAN)
+    if note is None:
+        raise PlanError(f"{root}: no run was ever finished here ({PLAN} is missing); check --root or run a recipe")
+    tables = [unpack_spec(plain) for plain in note["tables"]]
+    return store, sorted(tables, key=lambda spec: spec.name != SAMPLES), note
+
+
+def _latest(store: Store) -> str | None:
+    try:
+        return store.get_bytes("releases/latest").decode().strip()
+    except FileNotFoundError:
+        return None
+
+
+def _release_of(release: str) -> tuple[str, str]:
+    trimmed = release.rstrip("/")
+    if "/releases/" in trimmed:
+        root, _, name = trimmed.rpartition("/releases/")
+        return root, name if name != "latest" else (_latest(Store(root)) or "latest")
+    latest = _latest(Store(trimmed))
+    if latest is None:
+        raise PlanError(f"{release}: no release here; expected <root>/releases/<name> or a root that has one")
+    return trimmed, latest
+
+
+def _plan_table(job: Job) -> Table:
+    table = Table("step", "writes", "fingerprint", "to do", "of", title=f"{job.recipe.pipeline} → {job.store.root}")
+    for record in job.records:
+        prints = "\n".join(job.tables[name].fingerprint for name in record.tables)
+        table.add_row(record.name, "\n".join(record.tables), prints, f"{record.todo:,}", f"{record.of:,}")
+    return table
+
+
+def _print_funnel(store: Store, tables: list[TableSpec], shards: list[str]) -> None:
+    table = Table("funnel", "rows", show_edge=False)
+    table.columns[1].justify = "right"
+    for line in funnel(store, tables, shards):
+        table.add_row(escape("  " * line.depth + line.label), f"{line.rows:,}")
+    out.print(table)
+
+
+def _print_release(job: Job) -> None:
+    latest = _latest(job.store)
+    if latest is None:
+        return
+    url = job.store.url(f"releases/{latest}")
+    out.print(f"release: {url}", markup=False, soft_wrap=True)
+    release = job.store.get_json(f"releases/{latest}/release.json")
+    for name, facts in release["subsets"].items():
+        tars = facts["tars"]
+        span = f"{{00000..{tars - 1:05d}}}.tar" if tars > 1 else "00000.tar"
+        out.print(f"  {name}: {facts['samples']:,} samples in {tars:,} tars", markup=False)
+        if tars:
+            out.print(f"    webdataset.WebDataset('{url}/{name}/{span}')", markup=False, soft_wrap=True)
+
+
+def _print_sample(store: Store, tables: list[TableSpec], shard: str, row: int) -> None:
+    table = Table("table", "column", "value", title=f"{shard}, row {row}", show_lines=False)
+    for spec in tables:
+        if not store.has(spec, shard):
+            table.add_row(spec.name, "", "not computed yet")
+            continue
+        values = store.read(spec, shard).slice(row, 1).to_pylist()[0]
+        for name, value in values.items():
+            shown = f"{len(value)} numbers" if isinstance(value, list) and len(value) > 16 else str(value)
+            table.add_row(spec.name, name, escape(shown[:300]))
+    out.print(table)
+
+
+@contextmanager
+def _quiet() -> Iterator[None]:
+    """Ctrl-C ends with a word, not a traceback."""
+    try:
+        yield
+    except KeyboardInterrupt:
+        sys.stderr.write("\ninterrupted; run the same command again to go on where it stopped\n")
+        sys.exit(130)
+
+
+def main() -> None:
+    """Entry point."""
+    with _quiet():
+        app()
+
+
+if __name__ == "__main__":
+    main()
