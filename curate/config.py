@@ -82,7 +82,7 @@ class FetchSettings(Settings):
     block_hashes: list[str] = []  # MD5, SHA-1 or SHA-256 of the bytes
     block_phashes: list[str] = []  # 16 hex digits
     block_phash_radius: Annotated[int, Field(ge=0, le=16)] = 4  # bits
-    decoders: Positive | None = None  # decoding processes per worker; None: one per core
+    decoders: Positive = 2  # decoding processes per worker
 
     @field_validator("allow_networks")
     @classmethod

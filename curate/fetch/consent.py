@@ -103,7 +103,7 @@ def parse_robots(data: bytes) -> Robots:
 
 def _product(value: str) -> str:
     """`Curate/1.0 (…)` names the product token `curate`."""
-    return value.split("/")[0].split(" ")[0].strip().lower()
+    return value.partition("/")[0].partition(" ")[0].strip().lower()
 
 
 def _normal(pattern: str) -> str:

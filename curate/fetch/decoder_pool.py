@@ -21,7 +21,13 @@ SOCKET_BUFFER = 1024 * 1024  # bytes; a body then goes over in one or two calls
 DECODE_S = 30.0  # of one picture; 100 megapixels of progressive JPEG take 4 s
 START_S = 120.0  # imports of NumPy and OpenCV from a cold network disk
 STARTS_IN_VAIN = 3
-_PROGRAM = "import sys, json; sys.path[:] = json.loads(sys.argv[3]); from curate.fetch.decoder import main; main(sys.argv[1:3])"
+# The parent's sys.path, not the environment's: a Ray worker finds this package where its runtime environment put it.
+_PROGRAM = """
+import json, sys
+sys.path[:] = json.loads(sys.argv[3])
+from curate.fetch.decoder import main
+main(sys.argv[1:3])
+"""
 
 
 class _Process:
@@ -33,11 +39,12 @@ class _Process:
             end.setsockopt(socket.SOL_SOCKET, socket.SO_SNDBUF, SOCKET_BUFFER)
             end.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, SOCKET_BUFFER)
         ours.setblocking(False)
+        text = decoder.settings_text(settings)
         environment = {**os.environ, "OMP_NUM_THREADS": "1", "OPENBLAS_NUM_THREADS": "1"}
         self.link, self.answered = ours, False
         with theirs:
             self.child = subprocess.Popen(  # noqa: S603  # our own interpreter and module
-                [sys.executable, "-c", _PROGRAM, str(theirs.fileno()), decoder.settings_text(settings), json.dumps(sys.path)],
+                [sys.executable, "-c", _PROGRAM, str(theirs.fileno()), text, json.dumps(sys.path)],
                 pass_fds=[theirs.fileno()], stdin=subprocess.DEVNULL, env=environment,
             )  # fmt: skip
 
@@ -116,7 +123,7 @@ class DecoderPool:
                 self._in_vain += 1
                 if self._in_vain > STARTS_IN_VAIN * (self._count + 1):
                     raise StageError(
-                        f"decoder processes end before their first picture ({how}); run with fetch.decoders: 0 to see why"
+                        f"decoder processes end before their first picture ({how}); is opencv installed on the worker?"
                     ) from None
             return Picture("decode_crash", f"the decoder ended with {how}")
         finally:

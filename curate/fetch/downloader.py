@@ -6,7 +6,6 @@ later check refuses is never written anywhere.
 
 import asyncio
 import hashlib
-import os
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -78,7 +77,7 @@ class Downloader:
         self._guard = Guard(settings.allow_networks, public=settings.contact is not None)
         self._runner = asyncio.Runner()
         self._client: Client | None = None
-        self._pool = DecoderPool(image_settings(settings), settings.decoders or len(os.sched_getaffinity(0)))
+        self._pool = DecoderPool(image_settings(settings), settings.decoders)
 
     def __enter__(self) -> "Downloader":
         return self

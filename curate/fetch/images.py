@@ -8,6 +8,7 @@ from dataclasses import dataclass
 
 import cv2
 import numpy as np
+from PIL import Image
 
 from curate.fetch.decode import Header, Pixels, decode, read_header, to_srgb
 from curate.fetch.outcome import Picture, Refusal
@@ -162,9 +163,7 @@ def _encode(pixels: Pixels, settings: ImageSettings) -> bytes:
 
 
 def perceptual_hash(pixels: Pixels) -> int:
-    """64-bit DCT hash, bit order of `imagehash.phash`: Lanczos to 32x32 grey, 8x8 low frequencies against their median."""
-    from PIL import Image  # noqa: PLC0415  # only when a pHash block list is given
-
+    """64-bit DCT hash in the bit order of `imagehash.phash`: 8x8 low frequencies of 32x32 grey against their median."""
     grey = Image.fromarray(np.ascontiguousarray(pixels[:, :, ::-1])).convert("L")
     small = np.asarray(grey.resize((32, 32), Image.Resampling.LANCZOS), np.float64)
     steps = np.arange(32)

@@ -12,6 +12,10 @@ from curate.fetch.outcome import Refusal
 
 KINDS = ("jpeg", "png", "gif", "webp", "bmp", "tiff", "avif")
 
+_MAGIC = (
+    (b"\xff\xd8\xff", "jpeg"), (b"\x89PNG\r\n\x1a\n", "png"), (b"GIF87a", "gif"), (b"GIF89a", "gif"),
+    (b"II*\0", "tiff"), (b"MM\0*", "tiff"), (b"II+\0", "tiff"), (b"MM\0+", "tiff"),
+)  # fmt: skip
 _DIB_SIZES = frozenset({12, 16, 40, 52, 56, 64, 108, 124})
 _AVIF_BRANDS = (b"avif", b"avis")
 # In entropy-coded data 0xFF is followed by 0x00, a restart marker or fill; anything else is the next marker.
@@ -22,18 +26,13 @@ _SOF_EXOTIC = frozenset({0xC3, 0xC5, 0xC6, 0xC7, 0xCB, 0xCD, 0xCE, 0xCF})  # los
 
 def kind_of(data: bytes) -> str | None:
     """One of KINDS by content, or None."""
-    if data.startswith(b"\xff\xd8\xff"):
-        return "jpeg"
-    if data.startswith(b"\x89PNG\r\n\x1a\n"):
-        return "png"
-    if data.startswith((b"GIF87a", b"GIF89a")):
-        return "gif"
+    for start, kind in _MAGIC:
+        if data.startswith(start):
+            return kind
     if data.startswith(b"RIFF") and data[8:12] == b"WEBP":
         return "webp"
     if data.startswith(b"BM") and len(data) >= 26 and int.from_bytes(data[14:18], "little") in _DIB_SIZES:
         return "bmp"
-    if data.startswith((b"II*\0", b"MM\0*", b"II+\0", b"MM\0+")):
-        return "tiff"
     if data[4:8] == b"ftyp":
         box = data[8 : max(8, min(int.from_bytes(data[:4], "big"), 256))]
         if any(box[at : at + 4] in _AVIF_BRANDS for at in range(0, len(box), 4)):

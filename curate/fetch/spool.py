@@ -8,7 +8,7 @@ import hashlib
 import json
 import struct
 import zlib
-from dataclasses import astuple, dataclass, replace
+from dataclasses import dataclass, fields, replace
 from pathlib import Path
 from types import TracebackType
 
@@ -16,6 +16,7 @@ from curate.fetch.outcome import Outcome
 
 _RECORD = struct.Struct("<16sIQI")  # URL digest, bytes of facts, bytes of image, CRC-32 of both
 _FORMAT = b"curate spool 1\n"
+_FACTS = tuple(field.name for field in fields(Outcome) if field.name != "image")
 
 
 @dataclass(frozen=True)
@@ -79,9 +80,7 @@ class Spool:
     def add(self, digest: bytes, fetched: Fetched) -> None:
         """Append one outcome; in the file when this returns."""
         image = fetched.outcome.image
-        facts = json.dumps(
-            [astuple(replace(fetched.outcome, image=b"x"))[:2], astuple(fetched.outcome)[3:], fetched.matched]
-        ).encode()
+        facts = json.dumps([[getattr(fetched.outcome, name) for name in _FACTS], fetched.matched]).encode()
         crc = zlib.crc32(image, zlib.crc32(facts))
         record = _RECORD.pack(digest, len(facts), len(image), crc) + facts + image
         view = memoryview(record)
@@ -97,4 +96,5 @@ class Spool:
         facts = json.loads(self._file.read(facts_length))
         image = self._file.read(image_length) if image_length else b""
         self._file.seek(self._end)
-        return Fetched(Outcome(*facts[0], image, *facts[1]), tuple(facts[2]))
+        outcome = replace(Outcome(**dict(zip(_FACTS, facts[0], strict=True))), image=image)
+        return Fetched(outcome, tuple(facts[1]))

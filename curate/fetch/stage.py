@@ -1,0 +1,99 @@
+"""The fetch stage: URLs of a shard in, the `images` table and its bytes out.
+
+Thin on purpose: it turns batches into rows, asks the downloader, and turns outcomes into batches.
+"""
+
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import asdict
+from itertools import islice
+from typing import Any
+
+import pyarrow as pa
+
+from curate.config import FetchSettings
+from curate.errors import PlanError
+from curate.fetch.downloader import Downloader, Row, check_settings, image_settings, load_lists
+from curate.fetch.outcome import Outcome
+from curate.schema import IMAGE_FIELDS, IMAGES_SCHEMA, TableSpec, inputs_of
+from curate.stage import IMAGE, Read, Resources, Stage, Task
+from curate.store import Store
+
+VERSION = 1  # of what the same bytes become; a new one fetches everything again
+# What decides which images exist and how they are stored. How patiently they are asked for does not stand here: a run
+# with a longer timeout goes on with what is there, and `--retry` asks for the rest.
+_CONTENT = (
+    "engine", "max_bytes", "robots", "opt_out", "verify_hash", "block_domains", "block_urls", "block_url_hashes",
+    "block_hashes", "block_phashes", "block_phash_radius",
+)  # fmt: skip
+
+
+class FetchStage(Stage):
+    """Downloads a shard's images: `curate.fetch.downloader` is how, `curate.config.FetchSettings` are the knobs."""
+
+    name = "fetch"
+
+    def __init__(self, settings: FetchSettings, samples: TableSpec) -> None:
+        super().__init__()
+        self._settings, self._samples = settings, samples
+        chosen = settings.model_dump(mode="json", include=set(_CONTENT))
+        content = {**chosen, "image": asdict(image_settings(settings))}
+        spec = TableSpec("images", VERSION, IMAGES_SCHEMA, content, inputs_of([samples]), with_images=True)
+        self.tables = (spec,)
+        self.resources = Resources(cpus=settings.decoders)
+        self._downloader: Downloader | None = None
+
+    def check(self, store: Store) -> None:
+        """Raise PlanError or ConfigError: no contact, unreadable block lists, an unknown hash column."""
+        check_settings(self._settings)
+        load_lists(self._settings)
+        expected = self._settings.verify_hash
+        if expected is not None and expected.column not in self._samples.columns:
+            found = ", ".join(self._samples.columns)
+            raise PlanError(f"fetch.verify_hash.column: no column {expected.column} in the sources; they have {found}")
+
+    def reads(self, missing: frozenset[str]) -> Sequence[Read]:
+        """The URL; the text, which goes into the tar beside the image; the expected hash."""
+        columns = [name for name in self._samples.columns if name in ("url", "text")]
+        if self._settings.verify_hash is not None and self._settings.verify_hash.column not in columns:
+            columns.append(self._settings.verify_hash.column)
+        return [Read(self._samples, tuple(columns))]
+
+    def setup(self) -> None:
+        """Open the client; decoders start with the first image."""
+        self._downloader = Downloader(self._settings)
+
+    def process(self, task: Task, batches: Iterator[pa.RecordBatch]) -> Iterator[Mapping[str, pa.RecordBatch]]:
+        """See Stage.process. The whole shard's URLs are read first, so that each is fetched once."""
+        assert self._downloader is not None
+        rows = [row for batch in batches for row in self._rows(batch)]
+        (spec,) = self.tables
+        outcomes = self._downloader.fetch(rows, task.scratch, spec.fingerprint)
+        while part := list(islice(outcomes, self.batch_rows)):
+            yield {spec.name: as_batch(part)}
+
+    def _rows(self, batch: pa.RecordBatch) -> Iterator[Row]:
+        expected = self._settings.verify_hash
+        urls = batch.column("url").to_pylist()
+        digests: list[Any] = [None] * len(urls) if expected is None else batch.column(expected.column).to_pylist()
+        for url, digest in zip(urls, digests, strict=True):
+            yield Row(url, digest.hex() if isinstance(digest, bytes) else None if digest is None else str(digest))
+
+    def teardown(self) -> None:
+        """End decoders and connections."""
+        if self._downloader is not None:
+            self._downloader.close()
+            self._downloader = None
+
+
+def as_batch(outcomes: Sequence[Outcome]) -> pa.RecordBatch:
+    """Outcomes as a batch of IMAGE_FIELDS and the bytes (null where there are none)."""
+    columns = [pa.array([getattr(outcome, field.name) for outcome in outcomes], field.type) for field in IMAGE_FIELDS]
+    images = pa.array([outcome.image if outcome.status == "ok" else None for outcome in outcomes], pa.large_binary())
+    return pa.RecordBatch.from_arrays(
+        [*columns, images], schema=pa.schema([*IMAGE_FIELDS, pa.field(IMAGE, pa.large_binary())])
+    )
+
+
+def fetch_stage(settings: FetchSettings | None, samples: TableSpec) -> FetchStage:
+    """The stage that writes `images` for `samples`."""
+    return FetchStage(settings or FetchSettings(), samples)
