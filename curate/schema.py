@@ -46,6 +46,9 @@ STATUSES = (OK, *FAILURES)
 # The columns every `samples` table has; the source's own columns follow under their own names.
 SAMPLE_FIELDS = (KEY, pa.field("url", pa.string()), pa.field("text", pa.string()))
 
+# The column of bytes that a stage reads or gives for an image; at rest it is LOCATION_FIELDS.
+IMAGE = "image"
+
 # What a stage gives for an image; the store adds where the bytes lie (LOCATION_FIELDS).
 IMAGE_FIELDS = (
     pa.field("status", pa.string(), nullable=False),
@@ -144,8 +147,9 @@ class Shard:
 
     name: str
     rows: int
+    revision: int = 0  # how often it was opened again to fetch what had failed
 
 
 def pool_digest(shards: Sequence[Shard]) -> str:
     """Names the set of shards that a cross-shard step looks at."""
-    return fingerprint(sorted((shard.name, shard.rows) for shard in shards))
+    return fingerprint(sorted((shard.name, shard.rows, shard.revision) for shard in shards))

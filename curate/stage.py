@@ -37,11 +37,11 @@ import pyarrow as pa
 
 from curate.errors import StageError
 from curate.metrics import Cost, Stopwatch, Ticker
-from curate.schema import KEY, LOCATION_FIELDS, Shard, TableSpec
+from curate.retry import Opened, opened
+from curate.schema import IMAGE, KEY, LOCATION_FIELDS, Shard, TableSpec
 from curate.store import Store
 from curate.tar import TarWriter
 
-IMAGE = "image"
 PREFETCHED_BATCHES = 2  # one being computed on, one ready: reading hides behind the device, memory stays flat
 
 Item = TypeVar("Item")
@@ -160,10 +160,13 @@ def run_shard(store: Store, stage: Stage, shard: Shard) -> ShardReport:
             scratch = Path(stack.enter_context(TemporaryDirectory(prefix="curate-scratch-")))
         wanted = [spec for spec in stage.tables if spec.name in missing]
         tars = [spec for spec in wanted if spec.with_images]
-        writers = {spec.name: _open_writer(store, spec, shard, table, stack) for spec in tars}
+        again = opened(store, tars[0], shard) if tars else None
+        writers = {spec.name: _open_writer(store, spec, shard, table, again, stack) for spec in tars}
         parts: dict[str, list[pa.RecordBatch]] = {spec.name: [] for spec in wanted}
-        source = _prefetch(_batches(store, reads, table, stage.batch_rows), stack)
-        for outputs in stage.process(Task(shard, missing, scratch), source):
+        todo = table if again is None else table.filter(again.mask)
+        source = _prefetch(_batches(store, reads, todo, stage.batch_rows), stack)
+        produced = stage.process(Task(shard, missing, scratch), source)
+        for outputs in produced if again is None else again.merge(produced, stage.batch_rows):
             for name, batch in outputs.items():
                 if name in parts:
                     parts[name].append(writers[name].add(batch) if name in writers else batch)
@@ -177,6 +180,8 @@ def run_shard(store: Store, stage: Stage, shard: Shard) -> ShardReport:
     # The tars are committed now; the Parquet file, which says that the shard is done, comes after.
     for spec in wanted:
         store.write(spec, shard, tables[spec.name], aligned_with=reads[0].table)
+    if again is not None:
+        again.close()
     return ShardReport(stage.name, shard.name, shard.rows, tuple(sorted(missing)), dict(counts), watch.cost)
 
 
@@ -290,8 +295,10 @@ class _ImageWriter:
         self._tar.finish()
 
 
-def _open_writer(store: Store, spec: TableSpec, shard: Shard, source: pa.Table, stack: ExitStack) -> _ImageWriter:
-    path = store.shard_path(spec, shard.name, ".tar")
+def _open_writer(
+    store: Store, spec: TableSpec, shard: Shard, source: pa.Table, again: Opened | None, stack: ExitStack
+) -> _ImageWriter:
+    path = store.shard_path(spec, shard.name, again.tar_suffix if again else ".tar")
     local = stack.enter_context(store.staged(path))
     stream = stack.enter_context(local.open("wb"))
     return _ImageWriter(TarWriter(stream), path, source)

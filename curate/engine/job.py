@@ -18,6 +18,7 @@ from curate.engine.driver import Driver
 from curate.engine.inline import InlineDriver
 from curate.errors import StageError
 from curate.metrics import Cost, progress, total
+from curate.retry import check_statuses, reopen, revised
 from curate.schema import Shard, TableSpec
 from curate.stage import CrossStep, ShardReport, Stage
 from curate.store import Store
@@ -56,6 +57,7 @@ class Job:
         self.records: list[StepRecord] = []
         self._driver: Driver | None = None
         self._open = driver or (lambda: open_driver(recipe.engine))
+        check_statuses(retry - {"set_aside"})
         self._retry = retry
 
     @property
@@ -93,6 +95,7 @@ class Job:
         if not self.dry and "set_aside" in self._retry:
             for stage in stages:
                 forgive(self.store, stage)
+        self._reopen(stages)
         given_up = {stage.name: set_aside(self.store, stage) for stage in stages}
         left = [shard for shard in self.shards if not any(shard.name in names for names in given_up.values())]
         done = {stage.name: self._done(stage) for stage in stages}
@@ -142,6 +145,17 @@ class Job:
 
     def _done(self, stage: Stage) -> set[str]:
         return set.intersection(*(self.store.done(spec) for spec in stage.tables))
+
+    def _reopen(self, stages: Sequence[Stage]) -> None:
+        """Open committed shards again for the statuses of `--retry`, and give every shard its revision."""
+        statuses = sorted(self._retry - {"set_aside"})
+        for spec in (spec for stage in stages for spec in stage.tables if spec.with_images):
+            if statuses and not self.dry:
+                with progress(f"retry {', '.join(statuses)}", max(1, len(self.shards))) as ticker:
+                    for shard in self.shards:
+                        rows = reopen(self.store, spec, shard, statuses)
+                        ticker.advance(1, f"{rows:,} rows of {shard.name}")
+            self.shards = revised(self.store, spec, self.shards)
 
     def _across(self, step: CrossStep, shards: Sequence[Shard]) -> None:
         done = step.done(self.store, shards)

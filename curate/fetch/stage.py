@@ -14,8 +14,8 @@ from curate.config import FetchSettings
 from curate.errors import PlanError
 from curate.fetch.downloader import Downloader, Row, check_settings, image_settings, load_lists
 from curate.fetch.outcome import Outcome
-from curate.schema import IMAGE_FIELDS, IMAGES_SCHEMA, TableSpec, inputs_of
-from curate.stage import IMAGE, Read, Resources, Stage, Task
+from curate.schema import IMAGE, IMAGE_FIELDS, IMAGES_SCHEMA, TableSpec, inputs_of
+from curate.stage import Read, Resources, Stage, Task
 from curate.store import Store
 
 VERSION = 1  # of what the same bytes become; a new one fetches everything again

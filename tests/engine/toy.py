@@ -7,8 +7,8 @@ from pathlib import Path
 
 import pyarrow as pa
 
-from curate.schema import IMAGE_FIELDS, IMAGES_SCHEMA, KEY, SAMPLE_FIELDS, Shard, TableSpec, inputs_of, keys_of
-from curate.stage import IMAGE, Read, Resources, Stage, Task
+from curate.schema import IMAGE, IMAGE_FIELDS, IMAGES_SCHEMA, KEY, SAMPLE_FIELDS, Shard, TableSpec, inputs_of, keys_of
+from curate.stage import Read, Resources, Stage, Task
 from curate.store import Store
 
 SAMPLES = TableSpec("samples", 1, pa.schema(SAMPLE_FIELDS), open_schema=True)
