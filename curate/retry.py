@@ -88,6 +88,7 @@ class Opened:
             for batch in [kept] if kept is not None else fresh.take(end - start):
                 yield {self._images.name: batch}
             start = end
+        yield from ({self._images.name: batch} for batch in fresh.rest())  # too many rows: the runner's count says so
 
     def close(self) -> None:
         """The new rows are committed: forget the old ones and their tar."""
@@ -119,6 +120,11 @@ class _Rows:
             self._left = batch.slice(rows) if batch.num_rows > rows else None
             rows -= piece.num_rows
             yield piece
+
+    def rest(self) -> Iterator[pa.RecordBatch]:
+        if self._left is not None:
+            yield self._left
+        yield from self._batches
 
 
 def _previous(store: Store, images: TableSpec, shard: str) -> str:

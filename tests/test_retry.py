@@ -20,6 +20,7 @@ class Healed(ToyFetch):
     def __init__(self, asked: list[str], die: bool = False) -> None:
         super().__init__()
         self.asked, self.die = asked, die
+        self.batch_rows = 50
 
     def process(self, task: Task, batches: Iterator[pa.RecordBatch]) -> Iterator[Mapping[str, pa.RecordBatch]]:
         for batch in batches:
