@@ -82,11 +82,11 @@ class RayDriver(Driver):
         self._workers = workers or {}
         self._started = not ray.is_initialized()
         if self._started:
-            address = address or os.environ.get("RAY_ADDRESS")
+            address = address or os.environ.get("RAY_ADDRESS")  # set inside a Ray job
             logging.getLogger("ray.data").setLevel(logging.ERROR)
             quiet: dict[str, Any] = {"log_to_driver": False, "logging_level": logging.ERROR}
             local: dict[str, Any] = {} if address else {"num_cpus": cpus, "include_dashboard": False}
-            ray.init(address=address, **quiet, **local)
+            ray.init(address=address or "local", **quiet, **local)
 
     def run(self, store: Store, stages: Sequence[Stage], shards: Sequence[Shard]) -> Iterator[list[ShardReport]]:
         """See Driver.run."""
