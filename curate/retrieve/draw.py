@@ -1,0 +1,115 @@
+"""Seeded draws that no block size and no number of workers can change: the smallest hashes or distances of a group.
+
+A random draw is "the rows with the smallest hash of (seed, key)", so that any worker can draw its part and the parts
+merge. It refuses generators whose state depends on the order in which rows arrive.
+"""
+
+from collections.abc import Sequence
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+
+from curate.errors import PlanError
+
+UInt64 = npt.NDArray[np.uint64]
+Int64 = npt.NDArray[np.int64]
+
+SPARE_ROWS = 1 << 20  # buffered beyond what is kept before a sort: 24 MB, and one sort a million rows
+
+
+def key_numbers(keys: Sequence[str]) -> UInt64:
+    """The first 64 bits of each key (32 hex digits, curate.schema.key_of) as uint64[n]."""
+    return np.frombuffer(bytes.fromhex("".join(key[:16] for key in keys)), dtype=">u8").astype(np.uint64)
+
+
+def hashed(numbers: npt.NDArray[Any], seed: int, salt: int = 0) -> UInt64:
+    """A well-mixed uint64 for each integer, seed and salt (the finaliser of SplitMix64, Steele et al. 2014).
+
+    `numbers` is any integer array, for draws usually the keys of rows; equal inputs give equal hashes on every machine.
+    """
+    start = (seed * 0x9E3779B97F4A7C15 + salt * 0xD1B54A32D192ED03 + 0x2545F4914F6CDD1D) % (1 << 64)
+    mixed = numbers.astype(np.uint64) + np.uint64(start)  # wraps, as it should
+    for _ in range(2):  # twice: keys of a test are often 0, 1, 2, …
+        mixed = (mixed ^ (mixed >> np.uint64(30))) * np.uint64(0xBF58476D1CE4E5B9)
+        mixed = (mixed ^ (mixed >> np.uint64(27))) * np.uint64(0x94D049BB133111EB)
+        mixed ^= mixed >> np.uint64(31)
+    return mixed
+
+
+def ordered(distances: npt.NDArray[Any]) -> UInt64:
+    """uint64[n] in the order of the distances (float, not negative); NaN comes last."""
+    bits: UInt64 = np.ascontiguousarray(distances, dtype=np.float64).view(np.uint64).copy()
+    bits[np.isnan(distances)] = np.uint64(2**64 - 1)
+    if (bits >> np.uint64(63))[~np.isnan(distances)].any():
+        bits[distances == 0] = 0  # minus zero
+        if (np.asarray(distances) < 0).any():
+            raise PlanError("draw: a distance is negative; distances are 1 - cosine or Euclidean")
+    return bits
+
+
+def ranks(groups: npt.NDArray[Any]) -> Int64:
+    """The position of each item within its group, for groups that are already sorted: [5, 5, 7] -> [0, 1, 0]."""
+    count = len(groups)
+    if count == 0:
+        return np.zeros(0, np.int64)
+    starts = np.flatnonzero(np.concatenate(([True], groups[1:] != groups[:-1])))
+    return np.arange(count) - np.repeat(starts, np.diff(np.append(starts, count)))
+
+
+class Smallest:
+    """The rows with the smallest priorities of each group, from blocks in any order.
+
+    `limits` is int64[groups]: how many rows of each group are kept. Memory: 24 bytes for each of at most
+    2 × sum(limits) + a million rows, and 8 bytes a group. Equal priorities go to the smaller row.
+    """
+
+    def __init__(self, limits: npt.NDArray[Any]) -> None:
+        self.limits: Int64 = np.asarray(limits, dtype=np.int64)
+        if (self.limits < 0).any():
+            raise PlanError("draw: a limit is negative")
+        # Rows above a full group's largest kept priority cannot enter any more.
+        self._bounds = np.where(self.limits > 0, np.uint64(2**64 - 1), np.uint64(0))
+        self._parts: list[tuple[Int64, UInt64, Int64]] = []
+        self._buffered = 0
+        self._kept = 0
+
+    def add(self, groups: npt.NDArray[Any], priorities: UInt64, rows: npt.NDArray[Any]) -> None:
+        """Take a block: group of each row (a negative one is no group), its priority, and its row number."""
+        groups = np.asarray(groups, dtype=np.int64)
+        wanted = groups >= 0
+        wanted &= self.limits[np.where(wanted, groups, 0)] > 0
+        wanted &= priorities <= self._bounds[np.where(wanted, groups, 0)]
+        self._take(groups[wanted], priorities[wanted], np.asarray(rows, dtype=np.int64)[wanted])
+
+    def merge(self, other: "Smallest") -> None:
+        """Take what another worker kept with the same limits."""
+        if not np.array_equal(self.limits, other.limits):
+            raise PlanError("draw: only draws with the same limits can be merged")
+        for part in other._parts:
+            self._take(*part)
+
+    def result(self) -> tuple[Int64, Int64]:
+        """(groups int64[n], rows int64[n]), sorted by group, then priority, then row."""
+        groups, _, rows = self._compact()
+        return groups, rows
+
+    def _take(self, groups: Int64, priorities: UInt64, rows: Int64) -> None:
+        self._parts.append((groups, priorities, rows))
+        self._buffered += len(rows)
+        if self._buffered > 2 * self._kept + SPARE_ROWS:
+            self._compact()
+
+    def _compact(self) -> tuple[Int64, UInt64, Int64]:
+        if not self._parts:
+            return np.zeros(0, np.int64), np.zeros(0, np.uint64), np.zeros(0, np.int64)
+        groups, priorities, rows = (np.concatenate(columns) for columns in zip(*self._parts, strict=True))
+        order = np.lexsort((rows, priorities, groups))
+        groups, priorities, rows = groups[order], priorities[order], rows[order]
+        place = ranks(groups)
+        full = place == self.limits[groups] - 1
+        self._bounds[groups[full]] = priorities[full]
+        kept = place < self.limits[groups]
+        part = groups[kept], priorities[kept], rows[kept]
+        self._parts, self._buffered, self._kept = [part], len(part[0]), len(part[0])
+        return part
