@@ -6,7 +6,7 @@ that the run missed is printed like any other, and so are pictures that were wro
 
 from collections import Counter
 from collections.abc import Iterable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, Final
 
 import pyarrow as pa
@@ -18,7 +18,6 @@ from curate.schema import OK
 
 Row = dict[str, Any]
 
-KEPT_OUT: Final = ("tiny", "extreme_ratio", "wrong_caption")
 SELECTED: Final = ("shapes", "scene")
 FETCHED: Final = ("document", "chart", "sign", "watermarked", "redirected")
 
@@ -32,6 +31,7 @@ class Finding:
     planted: int
     found: int
     right: int
+    is_exact: bool = False  # a status that was planted: anything but `right` is a fault, not a matter of thresholds
 
     @property
     def is_right(self) -> bool:
@@ -68,22 +68,21 @@ def compare(
         keys = [row["key"] for row in rows]
         if kind == "repeated_row":
             found = removed(Counter(truth["key"].to_pylist()), Counter(samples["key"].to_pylist()), keys)
-            findings.append(all_of(kind, "removed in ingest", rows, found))
+            findings.append(replace(all_of(kind, "removed in ingest", rows, found), is_exact=True))
         elif kind in COPY_KINDS:
             if duplicates is not None:
                 findings.append(all_of(kind, "called a duplicate", rows, flagged(rows, copy_of, group_of)))
-        elif kind in KEPT_OUT:
+        elif kind == "wrong_caption":
             findings.append(all_of(kind, "kept out of the subsets", rows, sum(key not in chosen for key in keys)))
         elif kind in SELECTED:
             single = [row for row in rows if row["duplicate_group"] is None]
             kept = sum(row["key"] in chosen for row in single)
             findings.append(all_of(kind, "true caption, selected", single, kept))
         elif kind in FETCHED:
-            findings.append(all_of(kind, "fetched", rows, sum(status.get(key) == OK for key in keys)))
+            findings.append(status_of(kind, "fetched", rows, status))
         else:
-            right = sum(status.get(row["key"]) in row["expected_status"] for row in rows)
             said = sorted({name for row in rows for name in row["expected_status"]})
-            findings.append(all_of(kind, f"refused as {' or '.join(said)}", rows, right))
+            findings.append(status_of(kind, f"refused as {' or '.join(said)}", rows, status))
     if duplicates is not None:
         single_keys = [key for key, group in group_of.items() if group is None and status.get(key) == OK]
         wrongly = sum(key in copy_of for key in single_keys)
@@ -94,6 +93,12 @@ def compare(
 def all_of(kind: str, question: str, rows: list[Row], found: int) -> Finding:
     """A finding that is right when it holds for every planted row."""
     return Finding(kind, question, len(rows), found, right=len(rows))
+
+
+def status_of(kind: str, question: str, rows: list[Row], status: Mapping[str, str]) -> Finding:
+    """How many of the rows have a status that is right for them."""
+    met = sum(status.get(row["key"]) in row["expected_status"] for row in rows)
+    return replace(all_of(kind, question, rows, met), is_exact=True)
 
 
 def copies_in(duplicates: pa.Table) -> dict[str, str]:

@@ -49,6 +49,11 @@ def wrong_caption(drawing: Drawing, others: Sequence[Drawing], rng: np.random.Ge
     return pick(rng, elsewhere)
 
 
+def as_alt_text(caption: str, rng: np.random.Generator) -> str:
+    """The caption as another page might word it: as it is, or with the usual words of picture pages around it."""
+    return pick(rng, ("{}", "{}", "{}, stock image", "wallpaper: {}")).format(caption)
+
+
 def encoded(image: Image.Image, encoding: Encoding, quality: int = 88) -> bytes:
     """The file's bytes; `quality` (1 to 95) counts for JPEG and WebP, PNG keeps every pixel."""
     buffer = io.BytesIO()

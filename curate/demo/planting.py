@@ -14,7 +14,7 @@ import numpy as np
 from PIL import Image
 
 from curate.demo.canvas import Drawing, Kind, pick
-from curate.demo.drawing import SUFFIXES, Encoding, draw, encoded
+from curate.demo.drawing import SUFFIXES, Encoding, as_alt_text, draw, encoded
 from curate.demo.printed import watermarked
 
 CopyKind = Literal["exact_copy", "recoded_copy", "resized_copy"]
@@ -51,10 +51,10 @@ COUNTS: Final[Mapping[str, int]] = {
 }
 COPY_KINDS: Final[tuple[CopyKind, ...]] = ("exact_copy", "recoded_copy", "resized_copy")
 
-# The statuses (of schema.STATUSES) that are right for a kind; what is not named must be fetched.
+# The statuses (of schema.STATUSES) that are right for a kind under configs/demo.yaml; the rest must be fetched.
 EXPECTED: Final[Mapping[str, tuple[str, ...]]] = {
-    "tiny": ("ok", "too_small"),
-    "extreme_ratio": ("ok", "bad_ratio"),
+    "tiny": ("too_small",),
+    "extreme_ratio": ("bad_ratio",),
     "http_404": ("http_4xx",),
     "http_500": ("http_5xx",),
     "hang": ("timeout", "too_slow"),
@@ -142,7 +142,7 @@ def planted(kind: str, number: int, drawing: Drawing, rng: np.random.Generator) 
     if kind == "watermarked":
         image = watermarked(image, number)
     elif kind == "tiny":
-        image.thumbnail((int(rng.integers(16, 100)),) * 2)
+        image.thumbnail((int(rng.integers(16, 32)),) * 2)
     elif kind == "extreme_ratio":
         image = image.resize((640, 96)) if rng.random() < 0.7 else image.resize((90, 600))
     folder = "members" if kind == "robots" else "img"
@@ -200,6 +200,6 @@ def copied(original: Page, kind: CopyKind, number: int, rng: np.random.Generator
     with Image.open(io.BytesIO(body)) as opened:
         after = imagehash.phash(opened.convert("RGB"))
     path = f"/copies/{kind.split('_', maxsplit=1)[0]}/{number:03d}{SUFFIXES[encoding]}"
-    text = pick(rng, ("{}", "{}", "{}, stock image", "wallpaper: {}")).format(original.text)
+    text = as_alt_text(original.text, rng)
     page = replace(original, kind=kind, path=path, text=text, body=body, encoding=encoding)
     return replace(page, phash_distance=int(before - after))

@@ -24,7 +24,7 @@ from tokenizers import Tokenizer, normalizers, pre_tokenizers, processors
 from tokenizers.models import WordPiece
 
 from curate.demo.canvas import KINDS, Drawing
-from curate.demo.drawing import draw, encoded, wrong_caption
+from curate.demo.drawing import as_alt_text, draw, encoded, wrong_caption
 from curate.demo.paths import weights_dir
 from curate.demo.printed import watermarked
 
@@ -39,7 +39,7 @@ SPECIAL: Final = ("[PAD]", "[UNK]", "[BOS]")  # [EOS] comes last: open_clip pool
 
 
 def drawn(count: int, first_seed: int) -> list[Drawing]:
-    """`count` drawings as a web would show them: saved as JPEG, and one in ten under a watermark."""
+    """`count` drawings as a web would show them: saved as JPEG, some watermarked, some with an alt text's words."""
     rng = np.random.default_rng(first_seed)
     drawings = []
     for i, kind in enumerate(rng.choice(len(KINDS), size=count, p=KIND_SHARES)):
@@ -47,7 +47,8 @@ def drawn(count: int, first_seed: int) -> list[Drawing]:
         image = watermarked(drawing.image, first_seed + i) if rng.random() < 0.1 else drawing.image
         with Image.open(io.BytesIO(encoded(image, "JPEG", int(rng.integers(55, 95))))) as opened:
             small = opened.convert("RGB").resize((IMAGE_SIZE, IMAGE_SIZE), Image.Resampling.BICUBIC)
-        drawings.append(Drawing(small, drawing.caption, drawing.kind, drawing.subject))
+        caption = as_alt_text(drawing.caption, rng) if rng.random() < 0.4 else drawing.caption
+        drawings.append(Drawing(small, caption, drawing.kind, drawing.subject))
     return drawings
 
 
@@ -76,7 +77,7 @@ def build_tokenizer(captions: Sequence[str], folder: Path) -> int:
 def build_model(folder: Path, vocabulary: int) -> open_clip.CLIP:
     """Write open_clip's configuration to `folder` and return the untrained model that it describes."""
     text = {"context_length": CONTEXT_LENGTH, "vocab_size": vocabulary, "width": 96, "heads": 3, "layers": 2}
-    vision = {"image_size": IMAGE_SIZE, "layers": [1, 1, 1, 1], "width": 16, "head_width": 64, "patch_size": None}
+    vision = {"image_size": IMAGE_SIZE, "layers": [1, 1, 1, 1], "width": 12, "head_width": 64, "patch_size": None}
     model = {"embed_dim": 128, "vision_cfg": vision, "text_cfg": {**text, "hf_tokenizer_name": "local"}}
     looks = {"mean": MEAN, "std": STD, "interpolation": "bicubic", "resize_mode": "squash"}
     write_json(folder / "open_clip_config.json", {"model_cfg": model, "preprocess_cfg": looks})
@@ -189,7 +190,7 @@ def main() -> None:
         "--out", type=Path, default=weights_dir(), help="folder for the weights (default: the package's)"
     )
     parser.add_argument("--count", type=int, default=9000, help="drawings to train on")
-    parser.add_argument("--epochs", type=int, default=24)
+    parser.add_argument("--epochs", type=int, default=16)
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--threads", type=int, default=1, help="other counts may round differently")
     settings = parser.parse_args()

@@ -1,6 +1,6 @@
 """Write the demo's small web to disk: bodies, what the server answers, the URL table, and the truth about it.
 
-`build` leaves `files/`, `web.json` (for `server`), `coyo.parquet` (what the main job reads) and `truth.parquet` (what a
+`build` leaves `files/`, `web.json` (for `server`), `urls.parquet` (what the main job reads) and `truth.parquet` (what a
 right run must find). It refuses to guess: columns of COYO-700M that a small web cannot know are null. The table was
 "crawled" when every page still held its picture, as with real tables: a page that now answers 404 has the size and
 pHash of the picture it used to show.
@@ -57,7 +57,7 @@ COYO_SCHEMA: Final = pa.schema(
 TRUTH_SCHEMA: Final = pa.schema(
     [
         schema.KEY,
-        pa.field("id", pa.int64()),  # of the row in coyo.parquet
+        pa.field("id", pa.int64()),  # of the row in urls.parquet
         pa.field("url", pa.string()),
         pa.field("text", pa.string()),
         pa.field("kind", pa.string()),  # a key of planting.COUNTS
@@ -82,7 +82,7 @@ class Route:
 
 
 def build(folder: Path, port: int = DEFAULT_PORT, seed: int = 0) -> Path:
-    """Draw and write the web that will be served at http://127.0.0.1:`port`; return the path of `coyo.parquet`.
+    """Draw and write the web that will be served at http://127.0.0.1:`port`; return the path of `urls.parquet`.
 
     A web of the same version, port and seed that is already there is left as it is, so that a second run reads the
     same bytes. About 10 CPU-seconds and 45 MB.
@@ -90,7 +90,7 @@ def build(folder: Path, port: int = DEFAULT_PORT, seed: int = 0) -> Path:
     Raises:
         ValueError: `seed` is outside 0 to 99.
     """
-    table, manifest = folder / "coyo.parquet", folder / "web.json"
+    table, manifest = folder / "urls.parquet", folder / "web.json"
     settings = {"version": VERSION, "port": port, "seed": seed}
     if manifest.exists() and json.loads(manifest.read_text("utf-8"))["settings"] == settings:
         return table

@@ -18,20 +18,12 @@ from PIL import Image
 from curate.demo.canvas import KINDS
 from curate.demo.drawing import draw, encoded
 from curate.demo.planting import COUNTS, EXPECTED, SEEDS_PER_WEB, plan
-from curate.demo.server import WebServer, free_port
+from curate.demo.server import WebServer
 from curate.demo.web import COYO_SCHEMA, build
 from curate.errors import PlanError
 from curate.schema import STATUSES, key_of
 
 Site = tuple[WebServer, list[dict[str, object]]]
-
-
-@pytest.fixture(scope="module")
-def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """The web with seed 1, written once for this module."""
-    path = tmp_path_factory.mktemp("web")
-    build(path, port=free_port(), seed=1)
-    return path
 
 
 @pytest.fixture(scope="module")
@@ -76,7 +68,7 @@ def test_same_seed_same_bytes(kind: str) -> None:
 
 def test_distinct_drawings_have_distinct_phashes(folder: Path) -> None:
     """Guards the demo's duplicates against false ones: flat drawings would share a pHash."""
-    table, truth = pq.read_table(folder / "coyo.parquet"), pq.read_table(folder / "truth.parquet")
+    table, truth = pq.read_table(folder / "urls.parquet"), pq.read_table(folder / "truth.parquet")
     groups: dict[str, set[str]] = {}
     for phash, group, key in zip(
         table["image_phash"].to_pylist(),
@@ -104,7 +96,7 @@ def test_plan_is_counted_and_expects_known_statuses(folder: Path) -> None:
 
 def test_table_has_coyos_columns_and_honest_sizes(folder: Path, site: Site) -> None:
     """Guards the recognition of COYO's schema, and that recorded sizes and pHashes are those of the served pictures."""
-    table = pq.read_table(folder / "coyo.parquet")
+    table = pq.read_table(folder / "urls.parquet")
     assert table.schema.equals(COYO_SCHEMA) and table.num_columns == 17
     rows = {row["url"]: row for row in table.to_pylist()}
     for kind in ("scene", "document", "tiny", "exact_copy", "watermarked"):
@@ -119,7 +111,7 @@ def test_table_has_coyos_columns_and_honest_sizes(folder: Path, site: Site) -> N
 def test_second_build_changes_nothing(folder: Path) -> None:
     """Guards against a second demo run that sees new files and so computes everything again."""
     before = {path: path.stat().st_mtime_ns for path in folder.rglob("*") if path.is_file()}
-    build(folder, port=WebServer(folder).port, seed=1)
+    build(folder, port=WebServer(folder).port)
     assert {path: path.stat().st_mtime_ns for path in folder.rglob("*") if path.is_file()} == before
 
 
