@@ -1,0 +1,62 @@
+"""Stored bytes to a picture, once for all scorers.
+
+Decodes with Pillow, like open_clip, imagehash and img2dataset, and refuses to guess: a file that Pillow cannot read to
+its end is `Unscorable`, not a grey rectangle. EXIF orientation is left alone, as those three leave it.
+"""
+
+import io
+import warnings
+from dataclasses import dataclass
+from functools import cached_property
+
+import numpy as np
+import numpy.typing as npt
+from PIL import Image
+
+# Decoders that web images need; Pillow's others (PSD, FITS, EPS …) are rarely fuzzed and never wanted here.
+FORMATS = ("JPEG", "MPO", "PNG", "WEBP", "GIF", "BMP", "TIFF", "AVIF", "PPM")
+MAX_PIXELS = 178_956_970  # Pillow's own warning mark: 512 MB of RGB; fetch refuses earlier (fetch.max_pixels)
+
+
+@dataclass(frozen=True)
+class Unscorable:
+    """Why a sample gives no value: a word for the counters."""
+
+    reason: str
+
+
+@dataclass(frozen=True)
+class Picture:
+    """A decoded image. `image` has the file's own mode; `size_bytes` is the length of the stored bytes."""
+
+    image: Image.Image
+    size_bytes: int
+
+    @cached_property
+    def rgb(self) -> Image.Image:
+        """Mode RGB, transparency dropped as Pillow's `convert` does."""
+        return self.image if self.image.mode == "RGB" else self.image.convert("RGB")
+
+    @cached_property
+    def pixels(self) -> npt.NDArray[np.uint8]:
+        """uint8 [height, width, 3], RGB."""
+        return np.asarray(self.rgb)
+
+
+def decode(data: bytes) -> Picture | Unscorable:
+    """Decode to the last pixel. Reasons: `not_image`, `too_many_pixels`, `decode_error`."""
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # a bomb is checked below; palette and EXIF warnings say nothing of pixels
+        try:
+            image = Image.open(io.BytesIO(data), formats=FORMATS)
+        except Image.DecompressionBombError:
+            return Unscorable("too_many_pixels")
+        except Exception:  # Pillow's plug-ins raise whatever a broken header makes them raise
+            return Unscorable("not_image")
+        if image.width * image.height > MAX_PIXELS:
+            return Unscorable("too_many_pixels")
+        try:
+            image.load()
+        except Exception:  # as above, for broken bodies
+            return Unscorable("decode_error")
+    return Picture(image, len(data))

@@ -1,0 +1,242 @@
+"""The score stages: `score` decodes each image once for all image scorers, `score_text` needs no images.
+
+Every entry of the recipe's `score:` section has tables of its own, `scores_<entry>` and `embeddings_<entry>`, named by
+its settings and weights; adding an entry computes that one alone. Heads read features in memory when they are computed
+in the same pass, else from the committed table: the same bits, since both are rounded to float16. The next chunk is
+decoded and prepared in threads while the device works on this one.
+"""
+
+from collections.abc import Iterator, Mapping, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
+from itertools import chain
+from typing import Any
+
+import pyarrow as pa
+
+from curate.errors import PlanError, StageError
+from curate.schema import KEY, TableSpec, inputs_of
+from curate.score.batches import Batches
+from curate.score.chunk import Chunk, chunks
+from curate.score.columns import scatter, to_arrow
+from curate.score.device import gpu_present
+from curate.score.registry import build, kind_of
+from curate.score.run import Runner, label, prepare
+from curate.score.scorer import Device, FeatureScorer, ImageScorer, Scorer, TextScorer
+from curate.stage import Read, Resources, Stage, Task
+from curate.store import Store
+
+CPU_ROWS = 64  # images per chunk; larger ones only hold more memory
+GPU_ROWS = 256
+GPU_CPUS = 8.0  # threads that decode for one GPU, about 400 images of 512 px a second each
+TEXT_BATCH = 1024
+
+
+def score_stages(section: Mapping[str, Mapping[str, Any]], samples: TableSpec, images: TableSpec | None) -> list[Stage]:
+    """The stages for a recipe's `score:` section: none, `score`, `score_text`, or both.
+
+    `images` may be None when only texts are scored. Raises ConfigError for a wrong section, PlanError when an image
+    scorer has no images, WeightsError when a file that names a table is missing.
+    """
+    scorers = build(section)
+    texts = [scorer for scorer in scorers if isinstance(scorer, TextScorer)]
+    others = [scorer for scorer in scorers if not isinstance(scorer, TextScorer)]
+    stages: list[Stage] = []
+    if others and images is None:
+        raise PlanError(f"score.{others[0].name}: scores images, and this pipeline has none; add `fetch:` or `adopt:`")
+    if others and images is not None:
+        stages.append(ScoreStage(others, samples, images))
+    if texts:
+        stages.append(ScoreTextStage(texts, samples))
+    return stages
+
+
+def specs_of(scorer: Scorer, inputs: Sequence[TableSpec]) -> list[TableSpec]:
+    """The tables of one scorer."""
+    specs: list[TableSpec] = []
+    for table, fields in (("scores", scorer.fields), ("embeddings", scorer.embeddings)):
+        if fields:
+            settings = {
+                "scorer": kind_of(scorer),
+                "columns": {field.name: str(field.type) for field in fields},
+                **scorer.identity(),
+            }
+            schema = pa.schema([KEY, *fields])
+            specs.append(TableSpec(f"{table}_{scorer.name}", scorer.version, schema, settings, inputs_of(inputs)))
+    return specs
+
+
+def device_of(scorer: Scorer) -> Device:
+    """Where this scorer computes on this machine. Raises StageError when CUDA is asked for and not there."""
+    if scorer.how is None:
+        return Device()
+    if scorer.how.device == "cpu" or (scorer.how.device == "auto" and not gpu_present()):
+        return Device("cpu", scorer.how.threads)
+    if not gpu_present():
+        raise StageError(f"score.{scorer.name}.device: cuda, and this worker sees no GPU; write device: auto or cpu")
+    return Device("cuda", scorer.how.threads)
+
+
+def _wants_gpu(scorer: Scorer) -> bool:
+    return scorer.how is not None and (scorer.how.device == "cuda" or (scorer.how.device == "auto" and gpu_present()))
+
+
+class ScoreStage(Stage):
+    """Image scorers and heads; see the module's docstring."""
+
+    name = "score"
+
+    def __init__(self, scorers: Sequence[Scorer], samples: TableSpec, images: TableSpec) -> None:
+        super().__init__()
+        self._samples, self._images = samples, images
+        self._scorers = list(scorers)
+        self._specs: dict[str, list[TableSpec]] = {}
+        for scorer in sorted(scorers, key=lambda scorer: isinstance(scorer, FeatureScorer)):
+            self._specs[scorer.name] = specs_of(scorer, self._inputs(scorer))
+        self.tables = tuple(chain.from_iterable(self._specs[scorer.name] for scorer in scorers))
+        self._on_gpu = any(_wants_gpu(scorer) for scorer in scorers)
+        self.resources = Resources(GPU_CPUS, 1.0) if self._on_gpu else Resources()
+
+    def _inputs(self, scorer: Scorer) -> list[TableSpec]:
+        if isinstance(scorer, FeatureScorer):
+            return [self._embeddings(scorer.source)]
+        reads_text = isinstance(scorer, ImageScorer) and scorer.reads_text
+        return [self._images, self._samples] if reads_text else [self._images]
+
+    def _embeddings(self, entry: str) -> TableSpec:
+        return next(spec for spec in self._specs[entry] if spec.name == f"embeddings_{entry}")
+
+    def _needed(self, missing: frozenset[str]) -> list[Scorer]:
+        return [s for s in self._scorers if any(spec.name in missing for spec in self._specs[s.name])]
+
+    def check(self, store: Store) -> None:
+        """See Stage.check: every scorer's weights."""
+        for scorer in self._scorers:
+            scorer.check()
+
+    def reads(self, missing: frozenset[str]) -> Sequence[Read]:
+        """Pixels and texts only where a missing table needs them; features that are committed."""
+        needed = self._needed(missing)
+        pixels = [scorer for scorer in needed if isinstance(scorer, ImageScorer)]
+        found = [
+            Read(self._images, ("status", "width", "height", "image") if pixels else ("status", "width", "height"))
+        ]
+        if any(scorer.reads_text for scorer in pixels):
+            found.append(Read(self._samples, ("text",)))
+        return found + [Read(self._embeddings(source), (f"{source}_image",)) for source in self._sources(missing)]
+
+    def _sources(self, missing: frozenset[str]) -> list[str]:
+        """Entries whose committed features are read."""
+        heads = [scorer for scorer in self._needed(missing) if isinstance(scorer, FeatureScorer)]
+        return sorted({head.source for head in heads if f"embeddings_{head.source}" not in missing})
+
+    def setup(self) -> None:
+        """Load every model onto its device."""
+        for scorer in self._scorers:
+            scorer.load(device_of(scorer))
+
+    def teardown(self) -> None:
+        """Free the models."""
+        for scorer in self._scorers:
+            scorer.unload()
+
+    def process(self, task: Task, batches: Iterator[pa.RecordBatch]) -> Iterator[Mapping[str, pa.RecordBatch]]:
+        """See Stage.process; rows come out chunk by chunk."""
+        needed = self._needed(task.missing)
+        pixels = [scorer for scorer in needed if isinstance(scorer, ImageScorer)]
+        heads = [scorer for scorer in needed if isinstance(scorer, FeatureScorer)]
+        for scorer in needed:
+            scorer.begin()
+        runner = Runner(pixels, heads, self.counters)
+        specs = [spec for spec in self.tables if spec.name in task.missing]
+        rows = GPU_ROWS if self._on_gpu else CPU_ROWS
+        sources = self._sources(task.missing)
+        with ThreadPoolExecutor(max(1, int(self.resources.cpus)), "curate-decode") as pool:
+            waiting: tuple[Chunk, list[Future[list[Any]]]] | None = None
+            for chunk in chunks(batches, rows, sources):
+                following = (chunk, _submit(pool, pixels, chunk))
+                if waiting is not None:
+                    yield _tables(specs, runner.run(waiting[0], [job.result() for job in waiting[1]]))
+                waiting = following
+            if waiting is not None:
+                yield _tables(specs, runner.run(waiting[0], [job.result() for job in waiting[1]]))
+
+
+def _submit(pool: ThreadPoolExecutor, scorers: Sequence[ImageScorer[Any]], chunk: Chunk) -> list[Future[list[Any]]]:
+    if not scorers:
+        return []
+    pairs = zip(chunk.images, chunk.texts, strict=True)
+    jobs = [pool.submit(prepare, scorers, data, text) for data, text in pairs]
+    chunk.images.clear()  # the jobs hold the bytes now, and drop them one by one
+    return jobs
+
+
+def _tables(specs: Sequence[TableSpec], columns: Mapping[str, pa.Array]) -> dict[str, pa.RecordBatch]:
+    return {
+        spec.name: pa.RecordBatch.from_arrays(
+            [columns[name] for name in spec.columns],
+            schema=pa.schema([spec.schema.field(name) for name in spec.columns]),
+        )
+        for spec in specs
+    }
+
+
+class ScoreTextStage(Stage):
+    """Text scorers: each distinct text of a batch once."""
+
+    name = "score_text"
+    batch_rows = TEXT_BATCH
+
+    def __init__(self, scorers: Sequence[TextScorer], samples: TableSpec) -> None:
+        super().__init__()
+        self._samples = samples
+        self._scorers = list(scorers)
+        self._specs = {scorer.name: specs_of(scorer, [samples]) for scorer in scorers}
+        self.tables = tuple(chain.from_iterable(self._specs.values()))
+
+    def check(self, store: Store) -> None:
+        """See Stage.check."""
+        for scorer in self._scorers:
+            scorer.check()
+
+    def reads(self, missing: frozenset[str]) -> Sequence[Read]:
+        """Texts."""
+        return [Read(self._samples, ("text",))]
+
+    def setup(self) -> None:
+        """Load what the scorers need."""
+        for scorer in self._scorers:
+            scorer.load(device_of(scorer))
+
+    def teardown(self) -> None:
+        """Free it."""
+        for scorer in self._scorers:
+            scorer.unload()
+
+    def process(self, task: Task, batches: Iterator[pa.RecordBatch]) -> Iterator[Mapping[str, pa.RecordBatch]]:
+        """See Stage.process."""
+        scorers = [s for s in self._scorers if any(spec.name in task.missing for spec in self._specs[s.name])]
+        specs = [spec for spec in self.tables if spec.name in task.missing]
+        for scorer in scorers:
+            scorer.begin()
+        for batch in batches:
+            texts = batch.column("text").to_pylist()
+            columns: dict[str, pa.Array] = {}
+            for scorer in scorers:
+                columns |= self._score(scorer, texts)
+            yield _tables(specs, columns)
+
+    def _score(self, scorer: TextScorer, texts: Sequence[str | None]) -> dict[str, pa.Array]:
+        distinct = list(dict.fromkeys(text for text in texts if text is not None))
+        outcome = Batches(TEXT_BATCH).run(scorer.score, distinct)
+        for reason in outcome.failed.values():
+            self.counters[f"{label(scorer)}: {reason}"] += 1
+        place = {distinct[row]: number for number, row in enumerate(outcome.kept)}
+        at = [row for row, text in enumerate(texts) if text in place]
+        picks = pa.array([place[text] for text in texts if text is not None and text in place], pa.int64())
+        columns: dict[str, pa.Array] = {}
+        for field in scorer.fields:
+            array, not_finite = to_arrow(field, outcome.column(field.name), len(outcome.kept))
+            if not_finite:
+                self.counters[f"{label(scorer)}.{field.name}: not_finite"] += not_finite
+            columns[field.name] = scatter(array.take(picks), at, len(texts))
+        return columns

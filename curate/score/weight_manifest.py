@@ -1,0 +1,106 @@
+"""The manifest itself: one literal list, read by `weights.py`. Facts only; hashes are of the published files.
+
+`hub` entries are (repository, file) of the Hugging Face hub; `url` entries are plain downloads.
+"""
+
+from dataclasses import dataclass
+from urllib.parse import unquote, urlsplit
+
+
+@dataclass(frozen=True)
+class Weight:
+    """One file of weights. `input` says what a scorer feeds it; `clip_tags` are `model:pretrained` names it answers."""
+
+    name: str
+    licence: str
+    input: str
+    sha256: str | None = None
+    size_bytes: int | None = None
+    url: str | None = None
+    hub: tuple[str, str] | None = None
+    clip_tags: tuple[str, ...] = ()
+    note: str = ""
+
+    @property
+    def source(self) -> str:
+        """Where it comes from, for people."""
+        return self.url or (f"hf://{'/'.join(self.hub)}" if self.hub else self.note)
+
+    @property
+    def file_name(self) -> str:
+        """The published file's name."""
+        return unquote(urlsplit(self.url).path.rsplit("/", 1)[-1]) if self.url else (self.hub or ("", self.name))[1]
+
+
+_CLIP = "open_clip_model.safetensors"
+_V2 = "https://github.com/christophschuhmann/improved-aesthetic-predictor/raw/main/"
+_V1 = "https://github.com/LAION-AI/aesthetic-predictor/raw/main/"
+_NSFW = "https://github.com/LAION-AI/CLIP-based-NSFW-Detector/raw/main/"
+_YUNET = "https://github.com/ShiqiYu/libfacedetection.train/raw/master/onnx/"
+_L14 = "OpenAI CLIP ViT-L/14 image features, unit length"
+_B32 = "OpenAI CLIP ViT-B/32 image features, unit length"
+_B16 = "OpenAI CLIP ViT-B/16 image features, unit length"
+
+_ENTRIES = (
+    Weight(
+        "clip-vit-b32-openai", "MIT", "image 224, text", hub=("timm/vit_base_patch32_clip_224.openai", _CLIP),
+        clip_tags=("ViT-B-32-quickgelu:openai",),
+    ),
+    Weight(
+        "clip-vit-b16-openai", "MIT", "image 224, text", hub=("timm/vit_base_patch16_clip_224.openai", _CLIP),
+        clip_tags=("ViT-B-16-quickgelu:openai",),
+    ),
+    Weight(
+        "clip-vit-l14-openai", "MIT", "image 224, text", hub=("timm/vit_large_patch14_clip_224.openai", _CLIP),
+        clip_tags=("ViT-L-14-quickgelu:openai",),
+    ),
+    Weight(
+        "aesthetic-v2-sac-logos-ava1-l14-linear", "Apache-2.0", _L14,
+        "21dd590f3ccdc646f0d53120778b296013b096a035a2718c9cb0d511bff0f1e0", 3_714_759,
+        _V2 + "sac%2Blogos%2Bava1-l14-linearMSE.pth",
+    ),
+    Weight(
+        "aesthetic-v2-ava-logos-l14-linear", "Apache-2.0", _L14,
+        "390a3aafaf3b37d57148f9b22f30556de38343064b7d915acfa80d3812b4c9ff", 3_714_759,
+        _V2 + "ava%2Blogos-l14-linearMSE.pth",
+    ),
+    Weight(
+        "aesthetic-v2-ava-logos-l14-relu", "Apache-2.0", _L14,
+        "0af3254c651d55b7ea851429c20f26ec880bb0169805a4df85b814bd7966f3e4", 3_714_887,
+        _V2 + "ava%2Blogos-l14-reluMSE.pth",
+    ),
+    Weight(
+        "aesthetic-v1-l14", "MIT", _L14, "2cd4e60f4f24ae3bcd57b847b13c1f3ba27edc28cc1a7f9ce74ee9f421243cba", 4_071,
+        _V1 + "sa_0_4_vit_l_14_linear.pth",
+    ),
+    Weight(
+        "aesthetic-v1-b32", "MIT", _B32, "c7b14cead230694acc7b9447974d3cad78003c72da032e402a303b6c2429e85f", 3_047,
+        _V1 + "sa_0_4_vit_b_32_linear.pth",
+    ),
+    Weight(
+        "aesthetic-v1-b16", "MIT", _B16, "8ad3923d7ecf019df20ecd2ab5542a3075fbba0278d239c0371345f3d7fcbde0", 3_047,
+        _V1 + "sa_0_4_vit_b_16_linear.pth",
+    ),
+    Weight(
+        "laion-nsfw-l14", "MIT", f"{_L14}, rounded to float16",
+        "905520bb0336accc73ee282c605d926aef90cf14248889d44b9cee50eef71f8a", 1_094_585,
+        _NSFW + "clip_autokeras_binary_nsfw.zip",
+    ),
+    Weight(
+        "laion-nsfw-b32", "MIT", f"{_B32}, rounded to float16",
+        "78715ab9d64485167e8c9ade3b8e6761a17a16c24d114bd47431ac1dab46462b", 231_831,
+        _NSFW + "clip_autokeras_nsfw_b32.zip",
+    ),
+    Weight(
+        "yunet-n-dynamic", "Apache-2.0", "image, BGR, any multiple of 32",
+        "104ee26c71d5c270ce79a6b3dced91c91013260d29a6bf18f9296c5b8c4c2b12", 322_906,
+        _YUNET + "yunet_n_dynamic.onnx",
+    ),
+    Weight(
+        "yunet-n-640", "Apache-2.0", "image 640, BGR",
+        "25a606a145a5b6d7271ae138fbd00eba91dad8b83222ae3f2c7ecd0f4a7b0e31", 317_466,
+        _YUNET + "yunet_n_640_640.onnx",
+    ),
+)  # fmt: skip
+
+MANIFEST = {weight.name: weight for weight in _ENTRIES}
