@@ -9,6 +9,7 @@ pHash of the picture it used to show.
 import gzip
 import io
 import json
+import shutil
 import struct
 import zlib
 from collections.abc import Mapping, Sequence
@@ -94,8 +95,9 @@ def build(folder: Path, port: int = DEFAULT_PORT, seed: int = 0) -> Path:
     settings = {"version": VERSION, "port": port, "seed": seed}
     if manifest.exists() and json.loads(manifest.read_text("utf-8"))["settings"] == settings:
         return table
-    manifest.unlink(missing_ok=True)  # it is written last, so a killed build is built again
-    (folder / "files").mkdir(parents=True, exist_ok=True)
+    manifest.unlink(missing_ok=True)  # it comes last, so a killed build is built again
+    shutil.rmtree(folder / "files", ignore_errors=True)
+    (folder / "files").mkdir(parents=True)
     pages = plan(seed)
     routes = common_routes(folder / "files")
     for row, page in enumerate(pages):
@@ -105,7 +107,9 @@ def build(folder: Path, port: int = DEFAULT_PORT, seed: int = 0) -> Path:
     pq.write_table(coyo_table(pages, urls), table)
     pq.write_table(truth_table(pages, urls), folder / "truth.parquet")
     listed = {path: asdict(route) for path, route in sorted(routes.items())}
-    manifest.write_text(json.dumps({"settings": settings, "routes": listed}, indent=1) + "\n", "utf-8")
+    unfinished = folder / ".web.json"
+    unfinished.write_text(json.dumps({"settings": settings, "routes": listed}, indent=1) + "\n", "utf-8")
+    unfinished.replace(manifest)
     return table
 
 
