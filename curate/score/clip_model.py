@@ -143,4 +143,5 @@ def open_model(source: ClipSource, device: Device, precision: str) -> ClipModel:
         model, preprocess, tokenizer = _open(source.model, str(source.file))
     else:
         model, preprocess, tokenizer = _open(source.model, source.pretrained)
+    torch.set_num_threads(device.threads)  # not what the engine happens to allow: the count changes the last bits
     return ClipModel(model, preprocess, tokenizer, device, precision)

@@ -5,6 +5,7 @@ import subprocess
 import sys
 from collections.abc import Mapping, Sequence
 from pathlib import Path
+from typing import ClassVar
 
 import imagehash
 import numpy as np
@@ -16,9 +17,10 @@ from PIL import Image
 
 from curate.errors import ConfigError, PlanError, StageError, WeightsError
 from curate.schema import Shard, TableSpec
-from curate.score import registry, stage as stage_module
+from curate.score import registry
+from curate.score import stage as stage_module
 from curate.score.decode import Picture, Unscorable
-from curate.score.scorer import Float32, FeatureScorer, ImageScorer, ScorerSettings, Values
+from curate.score.scorer import FeatureScorer, Float32, ImageScorer, ScorerSettings, Values
 from curate.score.stage import score_stages
 from curate.stage import Stage, run_shard
 from curate.store import Store
@@ -49,7 +51,7 @@ class SumHead(FeatureScorer):
 class Fussy(ImageScorer[int]):
     """Raises on odd widths, gives NaN for width 42, and runs out of memory above two rows."""
 
-    calls: list[int] = []
+    calls: ClassVar[list[int]] = []
 
     @property
     def fields(self) -> tuple[pa.Field, ...]:
@@ -266,7 +268,7 @@ def test_text_scores_need_no_images(tmp_path: Path) -> None:
     """Guards against a text-only pipeline asking for a fetch, and an image scorer without images being let through."""
     (stage,) = score_stages({"text": {"scorer": "text_stats"}}, SAMPLES, None)
     assert stage.name == "score_text"
-    with pytest.raises(PlanError, match="score.phash: scores images"):
+    with pytest.raises(PlanError, match=r"score\.phash: scores images"):
         score_stages({"phash": {"scorer": "phash"}}, SAMPLES, None)
 
 
@@ -285,7 +287,8 @@ def test_a_plan_loads_no_torch(clip: Path) -> None:
     code = (
         "import sys; from curate.score.stage import score_stages; from curate.schema import *; import pyarrow as pa;"
         "samples = TableSpec('samples', 1, pa.schema(SAMPLE_FIELDS)); images = TableSpec('images', 1, IMAGES_SCHEMA);"
-        f"[s.check(None) for s in score_stages({{'c': {{'scorer': 'clip', 'model': 'local-dir:{clip}'}}}}, samples, images)];"
+        f"section = {{'c': {{'scorer': 'clip', 'model': 'local-dir:{clip}'}}}};"
+        "[stage.check(None) for stage in score_stages(section, samples, images)];"
         "print([m for m in ('torch', 'ray', 'open_clip') if m in sys.modules])"
     )
     assert subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stdout == "[]\n"
