@@ -16,7 +16,9 @@ from PIL import Image
 Image.init()
 # Decoders that web images need (JPEG covers MPO), of those that this Pillow was built with; its others (PSD, FITS,
 # EPS …) are rarely fuzzed and never wanted here.
-FORMATS = [kind for kind in ("JPEG", "PNG", "WEBP", "GIF", "BMP", "TIFF", "AVIF", "PPM") if kind in Image.OPEN]
+FORMATS: list[str] = [
+    kind for kind in ("JPEG", "PNG", "WEBP", "GIF", "BMP", "TIFF", "AVIF", "PPM") if kind in Image.OPEN
+]
 MAX_PIXELS = 178_956_970  # Pillow's own warning mark: 512 MB of RGB; fetch refuses earlier (fetch.max_pixels)
 
 
