@@ -1,4 +1,4 @@
-"""The decoding process: bodies in, pictures out, over one socket.
+"""The decoding process: bodies in by shared memory, pictures out over a socket.
 
 It exists to be killed. A hostile file that crashes, hangs or inflates a decoder takes this process and one sample with
 it, never the shard. It opens no file and no connection, and ends when its parent does.
@@ -6,6 +6,7 @@ it, never the shard. It opens no file and no connection, and ends when its paren
 
 import contextlib
 import json
+import mmap
 import os
 import resource
 import socket
@@ -17,7 +18,7 @@ from typing import Any
 from curate.fetch.images import ImageSettings, process
 from curate.fetch.outcome import Picture
 
-REQUEST = struct.Struct("<Q")  # bytes of the body that follows
+REQUEST = struct.Struct("<Q")  # bytes of the body
 REPLY = struct.Struct("<IQ")  # bytes of the JSON facts, bytes of the image
 MEMORY_BYTES = 6 * 1024**3  # address space; a 100-megapixel PNG with alpha needs 1.2 GB at its worst
 _FACTS = ("status", "error", "ext", "width", "height", "original_width", "original_height", "phash")
@@ -39,28 +40,12 @@ def settings_text(settings: ImageSettings) -> str:
     return json.dumps(asdict(settings))
 
 
-def _receive(link: socket.socket, length: int) -> bytearray | None:
-    """Exactly `length` bytes; None at the end of the stream."""
-    buffer = bytearray(length)
-    view, filled = memoryview(buffer), 0
-    while filled < length:
-        count = link.recv_into(view[filled:])
-        if not count:
-            return None
-        filled += count
-    return buffer
-
-
-def serve(descriptor: int, settings: ImageSettings) -> None:
-    """Answer requests until the other end closes."""
+def serve(link: socket.socket, memory: mmap.mmap, settings: ImageSettings) -> None:
+    """Answer requests until the other end closes. A request is the length of the body that lies in `memory`."""
     _confine()
-    with contextlib.closing(socket.socket(fileno=descriptor)) as link:
-        link.setblocking(True)
-        while (head := _receive(link, REQUEST.size)) is not None:
-            body = _receive(link, REQUEST.unpack(head)[0])
-            if body is None:
-                return
-            link.sendall(pack(process(bytes(body), settings)))
+    while len(request := link.recv(REQUEST.size, socket.MSG_WAITALL)) == REQUEST.size:
+        (length,) = REQUEST.unpack(request)
+        link.sendall(pack(process(memory[:length], settings)))
 
 
 def _confine() -> None:
@@ -76,9 +61,12 @@ def _confine() -> None:
 
 
 def main(arguments: list[str]) -> None:
-    """`decoder.py FD SETTINGS-JSON`, started by the pool."""
-    values: dict[str, Any] = json.loads(arguments[1])
-    serve(int(arguments[0]), ImageSettings(**values))
+    """`SOCKET MEMORY SETTINGS`: two descriptors and JSON, as the pool passes them."""
+    values: dict[str, Any] = json.loads(arguments[2])
+    memory = mmap.mmap(int(arguments[1]), 0, access=mmap.ACCESS_READ)
+    with contextlib.closing(socket.socket(fileno=int(arguments[0]))) as link:
+        link.setblocking(True)
+        serve(link, memory, ImageSettings(**values))
 
 
 if __name__ == "__main__":

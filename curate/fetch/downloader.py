@@ -77,7 +77,7 @@ class Downloader:
         self._guard = Guard(settings.allow_networks, public=settings.contact is not None)
         self._runner = asyncio.Runner()
         self._client: Client | None = None
-        self._pool = DecoderPool(image_settings(settings), settings.decoders)
+        self._pool = DecoderPool(image_settings(settings), settings.decoders, settings.max_bytes)
 
     def __enter__(self) -> "Downloader":
         return self

@@ -5,9 +5,11 @@ name: only content counts.
 """
 
 from dataclasses import dataclass
+from functools import lru_cache
 
 import cv2
 import numpy as np
+import numpy.typing as npt
 from PIL import Image
 
 from curate.fetch.decode import Header, Pixels, decode, read_header, to_srgb
@@ -17,7 +19,8 @@ from curate.fetch.strip import stripped
 EXTENSIONS = {"jpeg": "jpg", "png": "png", "webp": "webp"}
 PNG_LEVEL = 6  # img2dataset's png quality is 0–9; a value beyond is a jpg quality left in the recipe
 # Decode at 1/2, 1/4 or 1/8 only while at least this many decoded pixels remain per stored one along a side.
-SCALE_MARGIN = 2.0
+SCALE_MARGIN = 1.25
+LONGEST_FILTER = 4.0  # source pixels per stored one; beyond, five taps no longer cover the box
 
 
 @dataclass(frozen=True)
@@ -114,11 +117,38 @@ def _denominator(header: Header, size: tuple[int, int] | None, only_check: bool)
 
 
 def _resize(pixels: Pixels, size: tuple[int, int], header: Header) -> Pixels:
-    if (pixels.shape[1], pixels.shape[0]) == size:
+    """To `size` (width, height): Lanczos upwards, the equivalent of area averaging downwards.
+
+    OpenCV's INTER_AREA spends 3 ns a source value at ratios that are no whole numbers: 2.2 ms for 1024x683 to 256, more
+    than its decoding. Below a ratio of 4 a short symmetric filter of the same variance before linear sampling gives
+    the same picture (PSNR against area: median 49 dB, worst of 119 real photographs and documents 33 dB) in a
+    quarter of the time.
+    """
+    height, width = pixels.shape[:2]
+    if (width, height) == size:
         return pixels
-    shrink = header.width * header.height > size[0] * size[1]
-    kind = cv2.INTER_AREA if shrink else cv2.INTER_LANCZOS4
-    return np.asarray(cv2.resize(pixels, size, interpolation=kind), np.uint8)
+    if header.width * header.height <= size[0] * size[1]:
+        return np.asarray(cv2.resize(pixels, size, interpolation=cv2.INTER_LANCZOS4), np.uint8)
+    ratios = (width / size[0], height / size[1])
+    if max(ratios) > LONGEST_FILTER or min(ratios) < 1:
+        return np.asarray(cv2.resize(pixels, size, interpolation=cv2.INTER_AREA), np.uint8)
+    across, down = (_smoothing(ratio) for ratio in ratios)
+    if len(across) > 1 or len(down) > 1:
+        pixels = np.asarray(cv2.sepFilter2D(pixels, -1, across, down, borderType=cv2.BORDER_REFLECT_101), np.uint8)
+    return np.asarray(cv2.resize(pixels, size, interpolation=cv2.INTER_LINEAR), np.uint8)
+
+
+@lru_cache(maxsize=4096)
+def _smoothing(ratio: float) -> npt.NDArray[np.float32]:
+    """Symmetric taps whose variance, with that of linear sampling (1/6), is a box's of width `ratio` (ratio²/12)."""
+    variance = ratio * ratio / 12 - 1 / 6
+    if variance <= 0.02:
+        return np.ones(1, np.float32)
+    if variance <= 0.5:
+        return np.array([variance / 2, 1 - variance, variance / 2], np.float32)
+    end = min(1.0, (3 * variance - 2) / (8 - 2 * variance)) if variance > 2 / 3 else 0.0
+    taps = np.array([end, 1, 1, 1, end], np.float32)
+    return np.asarray(taps / taps.sum(), np.float32)
 
 
 def _turn(pixels: Pixels, orientation: int) -> Pixels:
