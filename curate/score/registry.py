@@ -11,6 +11,8 @@ from pydantic import ValidationError
 
 from curate.errors import ConfigError
 from curate.score.clip import ClipScorer
+from curate.score.detectors import FacesScorer, TextDensityScorer
+from curate.score.heads import AestheticV1Scorer, AestheticV2Scorer, LaionNsfwScorer
 from curate.score.phash import PhashScorer
 from curate.score.scorer import FeatureScorer, Scorer
 from curate.score.text_stats import TextStatsScorer
@@ -19,6 +21,11 @@ SCORERS: dict[str, type[Scorer]] = {
     "clip": ClipScorer,
     "phash": PhashScorer,
     "text_stats": TextStatsScorer,
+    "laion_aesthetic_v2": AestheticV2Scorer,
+    "laion_aesthetic_v1": AestheticV1Scorer,
+    "laion_nsfw": LaionNsfwScorer,
+    "faces": FacesScorer,
+    "text_density": TextDensityScorer,
 }
 
 
