@@ -30,14 +30,14 @@ def open_catalog(store: Store, tables: Sequence[TableSpec], shards: Sequence[str
         names = ", ".join(
             f'"{column.table.name}"."{column.column}" AS "{name}"' for name, column in columns_of(tables).items()
         )
-        _view(connection, "rows", f"SELECT {names} FROM {joined}")  # noqa: S608  # names of our own tables
+        _view(connection, "rows", f"SELECT {names} FROM {joined}")  # names of our own tables
     return connection
 
 
 def find_sample(connection: duckdb.DuckDBPyConnection, key_or_url: str) -> list[str]:
     """Keys of the samples with this key or URL (one URL may stand with several texts)."""
     found = connection.execute(
-        f"SELECT DISTINCT key FROM {SAMPLES} WHERE key = ? OR url = ? ORDER BY key",  # noqa: S608
+        f"SELECT DISTINCT key FROM {SAMPLES} WHERE key = ? OR url = ? ORDER BY key",
         [key_or_url, key_or_url],
     )
     return [key for (key,) in found.fetchall()]
@@ -46,7 +46,7 @@ def find_sample(connection: duckdb.DuckDBPyConnection, key_or_url: str) -> list[
 def locate_sample(store: Store, connection: duckdb.DuckDBPyConnection, samples: TableSpec, key: str) -> tuple[str, int]:
     """(shard, row) of a key. Raises MissingTable when the pool has no such sample."""
     found = connection.execute(
-        f"SELECT filename, file_row_number FROM ({_scan(store, samples, sorted(store.done(samples)), places=True)}) "  # noqa: S608
+        f"SELECT filename, file_row_number FROM ({_scan(store, samples, sorted(store.done(samples)), places=True)}) "
         "WHERE key = ?",
         [key],
     ).fetchone()
@@ -58,7 +58,7 @@ def locate_sample(store: Store, connection: duckdb.DuckDBPyConnection, samples: 
 def count_by(connection: duckdb.DuckDBPyConnection, table: str, expression: str) -> Mapping[str, int]:
     """Rows per value of an expression, commonest first."""
     rows = connection.execute(
-        f"SELECT CAST(({expression}) AS VARCHAR) AS what, count(*) AS n FROM {table} GROUP BY 1 ORDER BY n DESC, what"  # noqa: S608
+        f"SELECT CAST(({expression}) AS VARCHAR) AS what, count(*) AS n FROM {table} GROUP BY 1 ORDER BY n DESC, what"
     )
     return {str(what): int(count) for what, count in rows.fetchall()}
 
@@ -73,7 +73,7 @@ def _scan(store: Store, spec: TableSpec, shards: Sequence[str], places: bool = F
     extra = ", filename = true, file_row_number = true" if places else ""
     names = ", ".join(f'"{name}"' for name in spec.schema.names)
     chosen = "*" if spec.open_schema or places else names
-    return f"SELECT {chosen} FROM read_parquet([{listed}], union_by_name = {spec.open_schema}{extra})"  # noqa: S608
+    return f"SELECT {chosen} FROM read_parquet([{listed}], union_by_name = {spec.open_schema}{extra})"
 
 
 def _path(store: Store, spec: TableSpec, shard: str) -> str:

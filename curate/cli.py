@@ -171,6 +171,21 @@ def sql(
 
 @app.command()
 @guarded
+def report(
+    where: Annotated[str, typer.Argument(help="Recipe file or root of a run.")],
+    out_file: Annotated[Path, typer.Option("--out", help="The page to write.")] = Path("report.html"),
+) -> None:
+    """Write one HTML page to look at: funnel, scores, pictures of what was kept, dropped and called a copy."""
+    from curate.report.page import write_page  # noqa: PLC0415  # pictures are for this command only
+
+    store, tables, _ = _opened(_root_of(where))
+    shards = [shard.name for shard in store.shards(tables[0])]
+    out_file.write_text(write_page(store, tables, shards), encoding="utf-8")
+    out.print(f"wrote {out_file}", markup=False)
+
+
+@app.command()
+@guarded
 def verify(
     release: Annotated[str, typer.Argument(help="<root>/releases/<name>, or a root (its latest release).")],
 ) -> None:

@@ -118,9 +118,12 @@ class SubsetSettings(Settings):
 class EmitSettings(Settings):
     """How a release is written."""
 
-    samples_per_shard: Positive = 10_000
+    samples_per_shard: Positive = 10_000  # at most; the tars of a subset are of nearly equal size
+    bytes_per_shard: Positive | None = None  # of image data; None: cut by samples alone
+    min_tars: Positive = 1  # trainers need at least one per loader worker and GPU
     seed: int = 0
     columns: list[str] | None = None  # in <key>.json; None: all that are known of the sample
+    features: list[str] = []  # embedding columns to add as <key>.<column>.npy, float16
     group_samples: Positive = 1_000_000  # shuffled as one; above that the shuffle is two-level
 
 

@@ -207,7 +207,7 @@ def _verdicts(rows: pa.Table, keep: str) -> pa.Table:
               FROM grouped WINDOW w AS (PARTITION BY value_ ORDER BY {keep}, key, shard_, row_)
             )
             SELECT shard_, row_, kept FROM ranked WHERE place > 1 ORDER BY shard_, row_
-            """  # noqa: S608  # the recipe's own ordering, already bound against the schema
+            """  # the recipe's own ordering, already bound against the schema
         ).to_arrow_table()
     return found.cast(_NO_VERDICT)
 

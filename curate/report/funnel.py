@@ -64,12 +64,12 @@ def _statuses(connection: duckdb.DuckDBPyConnection) -> list[Line]:
 
 def _scored(connection: duckdb.DuckDBPyConnection, spec: TableSpec) -> list[Line]:
     counted = ", ".join(f'count("{name}")' for name in spec.columns)
-    found = connection.execute(f'SELECT {counted} FROM "{spec.name}"').fetchone()  # noqa: S608  # our own names
+    found = connection.execute(f'SELECT {counted} FROM "{spec.name}"').fetchone()  # our own names
     return [Line(f"scored {name}", rows) for name, rows in zip(spec.columns, found or (), strict=True)]
 
 
 def _members(connection: duckdb.DuckDBPyConnection, spec: TableSpec) -> list[Line]:
     reasons = dict(count_by(connection, f'"{spec.name}" WHERE NOT member', "reason"))
-    chosen = connection.execute(f'SELECT count(*) FROM "{spec.name}" WHERE member').fetchone()  # noqa: S608
+    chosen = connection.execute(f'SELECT count(*) FROM "{spec.name}" WHERE member').fetchone()
     lines = [Line(f"subset {spec.name.removeprefix(MEMBER)}", chosen[0] if chosen else 0)]
     return lines + [Line(f"refused by {reason}", rows, 1) for reason, rows in reasons.items()]
