@@ -15,9 +15,10 @@ from curate.score.batches import Batches, Outcome
 from curate.score.chunk import Chunk
 from curate.score.columns import scatter, to_arrow, vectors_of
 from curate.score.decode import Unscorable, decode
-from curate.score.scorer import FeatureScorer, ImageScorer, Scorer
+from curate.score.scorer import FeatureScorer, ImageScorer, Scorer, TextScorer
 
 FEATURE_BATCH = 4096
+TEXT_BATCH = 1024
 
 
 class Raised:
@@ -105,6 +106,24 @@ class Runner:
                 self._counts[f"{label(scorer)}.{field.name}: no_value"] += array.null_count - not_finite
             columns[field.name] = scatter(array, at, rows)
         return columns
+
+
+def score_texts(scorer: TextScorer, texts: Sequence[str | None], counts: Counter[str]) -> dict[str, pa.Array]:
+    """Columns of a text scorer, each distinct text scored once; null for a null text."""
+    distinct = list(dict.fromkeys(text for text in texts if text is not None))
+    outcome = Batches(TEXT_BATCH).run(scorer.score, distinct)
+    for reason in outcome.failed.values():
+        counts[f"{label(scorer)}: {reason}"] += 1
+    place = {distinct[row]: number for number, row in enumerate(outcome.kept)}
+    at = [row for row, text in enumerate(texts) if text in place]
+    picks = pa.array([place[text] for text in texts if text is not None and text in place], pa.int64())
+    columns: dict[str, pa.Array] = {}
+    for field in scorer.fields:
+        array, not_finite = to_arrow(field, outcome.column(field.name), len(outcome.kept))
+        if not_finite:
+            counts[f"{label(scorer)}.{field.name}: not_finite"] += not_finite
+        columns[field.name] = scatter(array.take(picks), at, len(texts))
+    return columns
 
 
 def label(scorer: Scorer) -> str:

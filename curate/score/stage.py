@@ -15,12 +15,10 @@ import pyarrow as pa
 
 from curate.errors import PlanError, StageError
 from curate.schema import KEY, TableSpec, inputs_of
-from curate.score.batches import Batches
 from curate.score.chunk import Chunk, chunks
-from curate.score.columns import scatter, to_arrow
 from curate.score.device import gpu_present
 from curate.score.registry import build, kind_of
-from curate.score.run import Runner, label, prepare
+from curate.score.run import Runner, prepare, score_texts
 from curate.score.scorer import Device, FeatureScorer, ImageScorer, Scorer, TextScorer
 from curate.stage import Read, Resources, Stage, Task
 from curate.store import Store
@@ -28,7 +26,7 @@ from curate.store import Store
 CPU_ROWS = 64  # images per chunk; larger ones only hold more memory
 GPU_ROWS = 256
 GPU_CPUS = 8.0  # threads that decode for one GPU, about 400 images of 512 px a second each
-TEXT_BATCH = 1024
+TEXT_ROWS = 1024
 
 
 def score_stages(section: Mapping[str, Mapping[str, Any]], samples: TableSpec, images: TableSpec | None) -> list[Stage]:
@@ -184,7 +182,7 @@ class ScoreTextStage(Stage):
     """Text scorers: each distinct text of a batch once."""
 
     name = "score_text"
-    batch_rows = TEXT_BATCH
+    batch_rows = TEXT_ROWS
 
     def __init__(self, scorers: Sequence[TextScorer], samples: TableSpec) -> None:
         super().__init__()
@@ -222,21 +220,5 @@ class ScoreTextStage(Stage):
             texts = batch.column("text").to_pylist()
             columns: dict[str, pa.Array] = {}
             for scorer in scorers:
-                columns |= self._score(scorer, texts)
+                columns |= score_texts(scorer, texts, self.counters)
             yield _tables(specs, columns)
-
-    def _score(self, scorer: TextScorer, texts: Sequence[str | None]) -> dict[str, pa.Array]:
-        distinct = list(dict.fromkeys(text for text in texts if text is not None))
-        outcome = Batches(TEXT_BATCH).run(scorer.score, distinct)
-        for reason in outcome.failed.values():
-            self.counters[f"{label(scorer)}: {reason}"] += 1
-        place = {distinct[row]: number for number, row in enumerate(outcome.kept)}
-        at = [row for row, text in enumerate(texts) if text in place]
-        picks = pa.array([place[text] for text in texts if text is not None and text in place], pa.int64())
-        columns: dict[str, pa.Array] = {}
-        for field in scorer.fields:
-            array, not_finite = to_arrow(field, outcome.column(field.name), len(outcome.kept))
-            if not_finite:
-                self.counters[f"{label(scorer)}.{field.name}: not_finite"] += not_finite
-            columns[field.name] = scatter(array.take(picks), at, len(texts))
-        return columns
