@@ -59,9 +59,8 @@ def search(
     for cell, rows, vectors in blocks:
         asking = everyone if visitors is None else visitors(cell)
         asking = asking[seeds.good[asking]]
-        good = usable(vectors)
-        if len(asking) and good.any():
-            seeds.meet(asking, rows[good], widened(vectors[good]))
+        if len(asking):
+            seeds.meet(asking, rows, widened(vectors))
     return seeds.neighbours()
 
 
@@ -80,19 +79,26 @@ class _Seeds:
         self.held = 0
 
     def meet(self, asking: Int64, rows: Int64, floats: npt.NDArray[np.float32]) -> None:
-        """Score one block for the seeds that ask for it."""
-        on_device = torch.from_numpy(unit(floats)).to(self.device)
-        lengths = norms(floats)
+        """Score one block for the seeds that ask for it; its unusable rows are passed over."""
+        on_device = torch.from_numpy(floats).to(self.device)
+        lengths = torch.linalg.vector_norm(on_device, dim=1)
+        good = torch.isfinite(lengths) & (lengths > 0)
+        if not bool(good.all()):
+            on_device, lengths, kept = on_device[good], lengths[good], good.cpu().numpy()
+            rows, floats = rows[kept], floats[kept]
+        if not len(rows):
+            return
         step = max(1, SCORES_PER_TILE[torch.device(self.device).type] // len(rows))
         for start in range(0, len(asking), step):
             some = asking[start : start + step]
             at = torch.from_numpy(some).to(self.device)
-            seed, column = self._candidates(at, on_device)
-            self._keep(some[seed], rows, floats, lengths, column)
+            seed, column = self._candidates(at, on_device, lengths)
+            self._keep(some[seed], rows, floats, column)
 
-    def _candidates(self, at: torch.Tensor, vectors: torch.Tensor) -> tuple[Int64, Int64]:
+    def _candidates(self, at: torch.Tensor, vectors: torch.Tensor, lengths: torch.Tensor) -> tuple[Int64, Int64]:
         """Which (seed of `at`, vector) may belong to the k best of the seed: indices into both."""
         scores = self.units[at] @ vectors.T
+        scores /= lengths  # cheaper here than on the vectors, which are wider than the seeds are many
         width = min(self.k + 2, scores.shape[1])
         top, ids = scores.topk(width, dim=1)
         best = torch.cat([self.best[at], top], dim=1).topk(self.k, dim=1).values
@@ -108,8 +114,10 @@ class _Seeds:
             seed, column = torch.cat([seed, many[more]]), torch.cat([column, columns])
         return seed.cpu().numpy(), column.cpu().numpy()
 
-    def _keep(self, seed: Int64, rows: Int64, floats: npt.NDArray[np.float32], lengths: Float64, column: Int64) -> None:
-        exact = _cosines(self.exact, seed, self.lengths, floats, column, lengths)
+    def _keep(self, seed: Int64, rows: Int64, floats: npt.NDArray[np.float32], column: Int64) -> None:
+        used, place = np.unique(column, return_inverse=True)
+        vectors = floats[used]
+        exact = _cosines(self.exact, seed, self.lengths, vectors, place, norms(vectors))
         self.found.append((seed, exact, rows[column]))
         self.held += len(seed)
         if self.held > 2 * self.k * len(self.good) + CANDIDATES_BEFORE_CUT:
