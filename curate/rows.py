@@ -1,7 +1,8 @@
 """A shard's tables seen as one wide table, and SQL over it: what selection, keeping orders and explanations read.
 
 Names: every column under its own name. Where the source came with a column that a stage computed too (COYO's `width`),
-the computed one has the name and the source's is `source_<name>`. Two computed tables must not share a column.
+the computed one has the name and the source's is `source_<name>`. `member` and `reason` of a table `member_<subset>`
+are `member_<subset>` and `reason_<subset>`. Two computed tables must not share a column.
 Expressions are DuckDB's SQL over one row at a time; they cannot reach files or the network.
 """
 
@@ -18,6 +19,7 @@ from curate.schema import KEY, TableSpec
 from curate.store import Store
 
 SAMPLES = "samples"
+MEMBER = "member_"
 
 
 @dataclass(frozen=True)
@@ -39,6 +41,10 @@ def columns_of(tables: Sequence[TableSpec]) -> dict[str, Column]:
     columns = {KEY.name: Column(KEY.name, tables[0], KEY.name)}
     for spec in sorted(tables, key=lambda spec: spec.name == SAMPLES):  # computed names first: they win
         for name in spec.columns:
+            if spec.name.startswith(MEMBER):
+                wide = f"{name}_{spec.name.removeprefix(MEMBER)}"
+                columns[wide] = Column(wide, spec, name)
+                continue
             held = columns.get(name)
             if held is None:
                 columns[name] = Column(name, spec, name)

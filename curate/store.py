@@ -249,6 +249,7 @@ class Store:
     def read_joined(self, reads: Sequence[tuple[TableSpec, Sequence[str] | None]], shard: str) -> pa.Table:
         """Several tables of a shard side by side: `key`, then the columns asked for, table by table.
 
+        A column of `samples` that an earlier table has too comes as `source_<name>` (`curate.rows`).
         Raises MissingTable, and StoreError when tables are not aligned or two give the same column.
         """
         fields: list[pa.Field] = []
@@ -263,9 +264,13 @@ class Store:
                 digests[spec.name] = _keys_entry(file, spec, shard)
                 table = _read_declared(file, spec, names)
             for name in names:
-                if any(field.name == name for field in fields):
+                field = spec.schema.field(name)
+                taken = {other.name for other in fields}
+                if name in taken and spec.name == "samples":
+                    field = field.with_name(f"source_{name}")
+                if field.name in taken:
                     raise StoreError(f"{shard}: column {name} comes from two tables ({', '.join(digests)})")
-                fields.append(spec.schema.field(name))
+                fields.append(field)
                 arrays.append(table.column(name))
         if len(set(digests.values())) > 1:
             raise StoreError(f"{shard}: tables are not aligned: key digests {digests}")
