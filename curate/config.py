@@ -33,6 +33,7 @@ class IngestSettings(Settings):
     columns: dict[str, str] = {}  # ours: theirs, e.g. {url: URL, text: TEXT}; empty: recognised by their names
     where: str | None = None  # SQL over the source's own columns, before anything is fetched
     rows_per_shard: Positive = 10_000
+    features: dict[str, str] = {}  # table: array of the .npz beside each table, e.g. {embeddings_clip_vitl14: l14_img}
 
     @model_validator(mode="after")
     def _one_kind(self) -> "IngestSettings":

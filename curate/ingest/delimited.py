@@ -78,7 +78,7 @@ def batches(
         if block.strip():
             batch = _fast(block, DELIMITERS[kind], quoted, names)
             if batch is None:
-                lines = block.decode("utf-8", "replace").split("\n")
+                lines = _text(block, counts).split("\n")
                 rows, left = _recover(lines, DELIMITERS[kind], quoted, len(names), last, counts)
                 carried = left.encode()
                 columns = [pa.array([row[place] or None for row in rows], pa.string()) for place in range(len(names))]
@@ -112,7 +112,8 @@ def _fast(block: bytes, delimiter: str, quoted: bool, names: Sequence[str]) -> p
         )  # fmt: skip
     except pa.ArrowInvalid:
         return None
-    if odd:
+    lines = block.count(b"\n") + (not block.endswith(b"\n"))
+    if odd or table.num_rows != lines:  # a value that swallowed lines: perhaps rightly
         return None
     return pa.RecordBatch.from_arrays([column.combine_chunks() for column in table.columns], list(names))
 
@@ -127,6 +128,14 @@ def _decoded(batch: pa.RecordBatch, counts: Counter[str]) -> pa.RecordBatch:
             texts = [None if value is None else value.decode("utf-8", "replace") for value in column.to_pylist()]
             columns.append(pa.array(texts, pa.string()))
     return pa.RecordBatch.from_arrays(columns, batch.schema.names)
+
+
+def _text(block: bytes, counts: Counter[str]) -> str:
+    try:
+        return block.decode()
+    except UnicodeDecodeError:
+        counts["bad_encoding"] += 1
+        return block.decode("utf-8", "replace")
 
 
 def _recover(

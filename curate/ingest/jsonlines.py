@@ -68,7 +68,10 @@ def _batch(rows: Sequence[dict[str, Any]], names: Sequence[str], counts: Counter
 def _column(values: Sequence[Any], counts: Counter[str]) -> pa.Array:
     kind = _type(values)
     if not pa.types.is_string(kind):
-        return pa.array(values, kind)
+        try:
+            return pa.array(values, kind)
+        except (OverflowError, pa.ArrowInvalid, pa.ArrowTypeError):  # an integer beyond 64 bits, for one
+            pass
     texts = [value if isinstance(value, str) or value is None else _as_text(value) for value in values]
     try:
         return pa.array(texts, pa.string())

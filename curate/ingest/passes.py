@@ -77,8 +77,8 @@ def spill(item: tuple[Batch, int, Source]) -> None:
     _unchanged(source)
     with batch.store.staged(batch.spill_path(place)) as local, local.open("wb") as stream:
         writer = SpillWriter(stream, batch.partitions)
-        for rows in kept_rows(source, _identity(source), batch.where, Counter()):
-            writer.add(hash_rows(*_url_and_text(rows, source)))
+        for rows in kept_rows(source, identity_columns(source), batch.where, Counter()):
+            writer.add(hash_rows(*url_and_text(rows, source)))
         writer.finish()
 
 
@@ -212,12 +212,14 @@ def check_where(source: Source, where: str) -> None:
         raise PlanError(f"ingest.where: {where}: must be true or false for each row; it is {answer.type}")
 
 
-def _identity(source: Source) -> list[str]:
+def identity_columns(source: Source) -> list[str]:
+    """The own columns that a key is made of."""
     columns = source.layout.columns
     return [columns[name] for name in ("url", "text") if name in columns]
 
 
-def _url_and_text(rows: pa.RecordBatch, source: Source) -> tuple[pa.Array, pa.Array]:
+def url_and_text(rows: pa.RecordBatch, source: Source) -> tuple[pa.Array, pa.Array]:
+    """`url` and `text` of rows that have the own columns of both."""
     columns = source.layout.columns
     url = web_address(rows.column(columns["url"]))
     if "text" not in columns:
@@ -228,7 +230,7 @@ def _url_and_text(rows: pa.RecordBatch, source: Source) -> tuple[pa.Array, pa.Ar
 def _as_samples(
     rows: pa.RecordBatch, raw: Raw, source: Source, samples: TableSpec, counts: Counter[str]
 ) -> pa.RecordBatch:
-    url, text = _url_and_text(rows, source)
+    url, text = url_and_text(rows, source)
     columns: dict[str, pa.Array] = {KEY.name: hex_keys(raw), "url": url, "text": text}
     counts["no_url"] += url.null_count
     declared = {name.lower(): name for name in samples.schema.names}
