@@ -8,6 +8,7 @@ so pruned and repeated rows do no harm. Only the rows in question are read from 
 import zipfile
 from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import BinaryIO
 
@@ -18,8 +19,8 @@ from curate.config import IngestSettings
 from curate.errors import PlanError, SourceError
 from curate.ingest.keys import hash_rows, hex_keys
 from curate.ingest.passes import identity_columns, kept_rows, url_and_text
-from curate.ingest.reading import look
 from curate.ingest.pools import find_pools
+from curate.ingest.reading import look
 from curate.ingest.sources import File, Source, find_tables, open_plain
 from curate.schema import KEY, TableSpec, inputs_of
 from curate.stage import Read, Resources, Stage, Task
@@ -59,12 +60,16 @@ class FeaturesStage(Stage):
     batch_rows = ROWS_AT_ONCE
 
     def __init__(
-        self, arrays: Mapping[str, str], columns: Mapping[str, str], samples: TableSpec, files: Mapping[str, str],
+        self,
+        arrays: Mapping[str, str],
+        columns: Mapping[str, str],
+        samples: TableSpec,
+        files: Mapping[str, str],
         first: str,
     ) -> None:
         super().__init__()
         self._arrays, self._columns, self._samples, self._files = arrays, columns, samples, files
-            self.tables = tuple(
+        self.tables = tuple(
             TableSpec(
                 table, VERSION,
                 pa.schema([KEY, (_column(table, array), pa.list_(pa.float16(), _width(first, array)))]),
@@ -84,7 +89,7 @@ class FeaturesStage(Stage):
         held = [batch.column(KEY.name) for batch in batches]
         rows = _rows_of(source, pa.chunked_array(held).to_pylist(), table)
         specs = [spec for spec in self.tables if spec.name in task.missing]
-        with open_plain(beside(table)) as stream, zipfile.ZipFile(stream) as archive:
+        with open_npz(table) as (stream, archive):
             arrays = {spec.name: find_array(archive, stream, self._arrays[spec.name], table) for spec in specs}
             at = 0
             for keys in held:
@@ -112,6 +117,16 @@ def beside(table: str) -> str:
     return f"{table.rpartition('.')[0]}.npz"
 
 
+@contextmanager
+def open_npz(table: str) -> Iterator[tuple[BinaryIO, zipfile.ZipFile]]:
+    """The .npz beside a table. Raises SourceError when it is not there or is none."""
+    try:
+        with open_plain(beside(table)) as stream, zipfile.ZipFile(stream) as archive:
+            yield stream, archive
+    except (FileNotFoundError, zipfile.BadZipFile) as error:
+        raise SourceError(f"{beside(table)}: ingest.features wants it beside the table: {error}") from None
+
+
 def _rows_of(source: Source, keys: Sequence[str], table: str) -> list[int]:
     """The row of the table that each key stands for: the first that has it."""
     wanted = set(keys)
@@ -137,7 +152,7 @@ def _lists(values: np.ndarray, kind: pa.DataType) -> pa.Array:
 
 
 def _width(table: str, name: str) -> int:
-    with open_plain(beside(table)) as stream, zipfile.ZipFile(stream) as archive:
+    with open_npz(table) as (stream, archive):
         return find_array(archive, stream, name, table).width
 
 
