@@ -88,7 +88,7 @@ def test_plan_is_counted_and_expects_known_statuses(folder: Path) -> None:
     assert set(EXPECTED) <= set(COUNTS)
     distinct = {row["key"] for row in truth}
     assert len(distinct) == len(truth) - COUNTS["repeated_row"]
-    assert all(row["key"] == key_of(row["url"], row["text"]) for row in truth)
+    assert all(row["key"] == key_of(row["url"] or None, row["text"]) for row in truth)
     copies = [row for row in truth if row["kind"].endswith("_copy")]
     assert all(row["phash_distance"] == 0 for row in copies if row["kind"] == "exact_copy")
     assert all(row["phash_distance"] <= 6 for row in copies)
