@@ -87,7 +87,7 @@ def evaluate(table: pa.Table, expressions: Mapping[str, str]) -> pa.Table:
     """Each expression for each row, in row order. Raises PlanError with DuckDB's words when one does not bind."""
     chosen = ", ".join(f'({text}) AS "{name}"' for name, text in expressions.items())
     with connect() as connection:
-        connection.register("rows", table)
+        connection.register("rows", _readable(table))
         try:
             return connection.sql(f"SELECT {chosen} FROM rows").to_arrow_table()  # the recipe's own SQL
         except duckdb.Error as error:
@@ -97,7 +97,8 @@ def evaluate(table: pa.Table, expressions: Mapping[str, str]) -> pa.Table:
 def order(table: pa.Table, ordering: str) -> list[int]:
     """Row numbers in the order of an SQL ordering, e.g. `width * height DESC, key`. Raises PlanError."""
     with connect() as connection:
-        connection.register("numbered", table.append_column("row_number_", pa.array(range(table.num_rows), pa.int64())))
+        numbers = pa.array(range(table.num_rows), pa.int64())
+        connection.register("numbered", _readable(table).append_column("row_number_", numbers))
         try:
             found = connection.sql(f"SELECT row_number_ FROM numbered ORDER BY {ordering}")
             return [row for (row,) in found.fetchall()]
@@ -110,7 +111,7 @@ def names_in(expression: str, schema: pa.Schema) -> list[str]:
 
     Checked by binding it against an empty table, so that types are checked as well.
     """
-    empty = schema.empty_table()
+    empty = _readable(schema.empty_table())
     query = f"SELECT 1 FROM rows ORDER BY {expression}"
     with connect() as connection:
         connection.register("rows", empty)
@@ -135,6 +136,15 @@ def _column_refs(node: Any) -> Iterator[str]:
             yield node["column_names"][-1]
         for child in node.values():
             yield from _column_refs(child)
+
+
+def _readable(table: pa.Table) -> pa.Table:
+    """DuckDB takes no float16 from Arrow: embeddings become float32 lists."""
+    for at, field in enumerate(table.schema):
+        if pa.types.is_fixed_size_list(field.type) and pa.types.is_float16(field.type.value_type):
+            wide = table.column(at).cast(pa.list_(pa.float32(), field.type.list_size))
+            table = table.set_column(at, field.name, wide)
+    return table
 
 
 def _first_lines(error: Exception) -> str:

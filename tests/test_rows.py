@@ -56,3 +56,12 @@ def test_bad_and_hostile_expressions_are_refused(expression: str) -> None:
     with pytest.raises(PlanError):
         names_in(expression, TABLE.schema)
         evaluate(TABLE, {"m": expression})
+
+
+def test_embeddings_beside_the_columns_do_not_matter_and_can_be_asked() -> None:
+    """Guards against float16 lists, which DuckDB does not take from Arrow."""
+    vectors = pa.array([[1.0, 0.0], [0.0, 1.0], None], pa.list_(pa.float16(), 2))
+    table = TABLE.append_column("clip_image", vectors)
+    assert names_in("width DESC", table.schema) == ["width"]
+    assert evaluate(table, {"m": "clip_image[1] > 0.5"}).column("m").to_pylist() == [True, False, None]
+    assert order(table, "width DESC, key") == [0, 1, 2]
