@@ -83,9 +83,14 @@ class ClipModel:
                     parts.append(_unit(self._model.encode_text(batch)))
         return np.concatenate(parts)
 
+    @property
+    def scale(self) -> float:
+        """By which cosines are multiplied before a softmax."""
+        return float(self._model.logit_scale.exp())
+
     def probabilities(self, cosines: Sequence[float | None]) -> list[float | None]:
         """SigLIP's sigmoid(scale · cosine + bias) of each cosine."""
-        scale, bias = float(self._model.logit_scale.exp()), float(self._model.logit_bias)
+        scale, bias = self.scale, float(self._model.logit_bias)
         return [None if cosine is None else float(1 / (1 + np.exp(-(scale * cosine + bias)))) for cosine in cosines]
 
     def _autocast(self) -> torch.autocast:

@@ -1,4 +1,4 @@
-"""Detectors as scorers: `faces` and `text_density`.
+"""Detectors as scorers: `faces`, `text_density`, `watermark`, `opennsfw2`, `gantman`.
 
 The picture is shrunk to the detector's canvas while it is prepared, so that a chunk of large photographs does not stay
 in memory; the detectors would shrink it in the same way. Parameters that decide what is a face or a text region are the
@@ -21,43 +21,127 @@ from curate.score.weight_files import sha256_of
 from curate.score.weight_ref import WeightRef
 
 Uint8 = npt.NDArray[np.uint8]
-Detector = Callable[[Sequence[Uint8]], Mapping[str, Values]]
+GANTMAN_LABELS = ("drawings", "hentai", "neutral", "porn", "sexy")  # the model's order
+Shrink = Callable[[Uint8], Any]
+Detect = Callable[[Sequence[Any]], Mapping[str, Values]]
 ROWS = 16  # pictures of one call; the detectors make smaller batches of their own
 
 
-class DetectorScorer(ImageScorer[Uint8]):
+class DetectorScorer(ImageScorer[Any]):
     """A callable on pictures. Subclasses declare columns and open it."""
 
     batch_size = ROWS
 
     def __init__(self, name: str, settings: ScorerSettings) -> None:
         super().__init__(name, settings)
-        self._detector: Detector | None = None
-        self._side: int | None = None  # longer side of what `score` is given; None: as it is
+        self._shrink: Shrink | None = None
+        self._detect: Detect | None = None
 
-    def open(self, device: Device) -> tuple[Detector, int | None]:
-        """The loaded detector and the side to which pictures may be shrunk before it."""
+    def open(self, device: Device) -> tuple[Shrink, Detect]:
+        """What is done to each picture on a CPU thread, and the loaded detector of what that gives."""
         raise NotImplementedError
 
     def load(self, device: Device) -> None:
         """Open the detector."""
-        self._detector, self._side = self.open(device)
+        self._shrink, self._detect = self.open(device)
         if self.how is not None and self.how.batch_size is not None:
             self.batch_size = self.how.batch_size
 
-    def prepare(self, picture: Picture, text: str | None) -> Uint8 | Unscorable:
-        """uint8 [h, w, 3], RGB."""
-        if self._side is None:
-            return picture.pixels
-        from curate.score.canvas import fit  # noqa: PLC0415  # OpenCV: on workers only
-
-        return fit(picture.pixels, self._side)
-
-    def score(self, prepared: Sequence[Uint8]) -> Mapping[str, Values]:
-        """The detector's columns."""
-        if self._detector is None:
+    def prepare(self, picture: Picture, text: str | None) -> Any | Unscorable:
+        """The picture, small."""
+        if self._shrink is None:
             raise RuntimeError(f"{self.name}: load() was not called")
-        return self._detector(prepared)
+        return self._shrink(picture.pixels)
+
+    def score(self, prepared: Sequence[Any]) -> Mapping[str, Values]:
+        """The detector's columns."""
+        if self._detect is None:
+            raise RuntimeError(f"{self.name}: load() was not called")
+        return self._detect(prepared)
+
+
+class WeightsSettings(ModelSettings):
+    """`weights`: a manifest name or a file."""
+
+    weights: str | None = None
+
+
+class OneFileScorer(DetectorScorer):
+    """A detector in one file, `default` of the manifest unless an entry names another."""
+
+    settings_type: ClassVar[type[ScorerSettings]] = WeightsSettings
+    default: ClassVar[str | None]
+    columns: ClassVar[tuple[str, ...]]
+
+    def __init__(self, name: str, settings: WeightsSettings) -> None:
+        super().__init__(name, settings)
+        chosen = settings.weights or self.default
+        if chosen is None:
+            raise ConfigError(f"score.{name}.weights: required; no file of this kind is published")
+        self.weights = WeightRef(f"score.{name}.weights", chosen)
+
+    @property
+    def fields(self) -> tuple[pa.Field, ...]:
+        """float32 columns."""
+        return tuple(pa.field(column, pa.float32()) for column in self.columns)
+
+    def identity(self) -> Mapping[str, Any]:
+        """The file by content."""
+        return {"weights": self.weights.sha256}
+
+    def check(self) -> None:
+        """Raises WeightsError."""
+        self.weights.path()
+
+
+class WatermarkScorer(OneFileScorer):
+    """`watermark_score`: LAION's detector (RECIPES 12.4)."""
+
+    default = "laion-watermark"
+    columns = ("watermark_score",)
+
+    def open(self, device: Device) -> tuple[Shrink, Detect]:
+        """EfficientNet-B3 on 256 x 256."""
+        from curate.score.watermark import WatermarkDetector, stretch  # noqa: PLC0415  # torch: on workers only
+
+        return stretch, WatermarkDetector.from_file(self.weights.path(), device=device.name).score
+
+
+class OpenNsfwScorer(OneFileScorer):
+    """`nsfw_score_opennsfw2` (RECIPES 12.5)."""
+
+    default = "opennsfw2"
+    columns = ("nsfw_score_opennsfw2",)
+
+    def open(self, device: Device) -> tuple[Shrink, Detect]:
+        """Yahoo's network on opennsfw2's crop."""
+        from curate.score.opennsfw2 import OpenNsfw, crop  # noqa: PLC0415  # torch: on workers only
+
+        return crop, OpenNsfw.from_h5(self.weights.path(), device=device.name).score
+
+
+class GantmanScorer(OneFileScorer):
+    """`nsfw_score_gantman` and its five classes; an ONNX conversion of nsfw_model, which is not published as one."""
+
+    default = None
+    columns = ("nsfw_score_gantman", *(f"nsfw_gantman_{label}" for label in GANTMAN_LABELS))
+
+    def open(self, device: Device) -> tuple[Shrink, Detect]:
+        """MobileNetV2 through ONNX Runtime."""
+        from curate.score.classifiers import GantmanNsfw  # noqa: PLC0415  # ONNX Runtime: on workers only
+
+        found = GantmanNsfw.from_file(self.weights.path(), threads=device.threads, providers=providers(device))
+        return _as_it_is, found
+
+
+def _as_it_is(pixels: Uint8) -> Uint8:
+    return pixels
+
+
+def _fitted(side: int) -> Shrink:
+    from curate.score.canvas import fit  # noqa: PLC0415  # OpenCV: on workers only
+
+    return lambda pixels: fit(pixels, side)
 
 
 def providers(device: Device) -> tuple[str, ...]:
@@ -65,11 +149,10 @@ def providers(device: Device) -> tuple[str, ...]:
     return ("CUDAExecutionProvider", "CPUExecutionProvider") if device.name == "cuda" else ("CPUExecutionProvider",)
 
 
-class FacesSettings(ModelSettings):
-    """`weights`: a manifest name or a file; `least_score`: of a face, the detector's own default when absent."""
+class FacesSettings(WeightsSettings):
+    """`least_score`: of a face, the detector's own default when absent."""
 
     detector: Literal["yunet", "scrfd"] = "yunet"
-    weights: str | None = None
     least_score: Annotated[float, Field(gt=0, lt=1)] | None = None
 
 
@@ -101,7 +184,7 @@ class FacesScorer(DetectorScorer):
         """Raises WeightsError."""
         self._weights.path()
 
-    def open(self, device: Device) -> tuple[Detector, int | None]:
+    def open(self, device: Device) -> tuple[Shrink, Detect]:
         """YuNet or SCRFD."""
         from curate.score import faces  # noqa: PLC0415  # OpenCV and ONNX Runtime: on workers only
 
@@ -109,23 +192,18 @@ class FacesScorer(DetectorScorer):
         how: dict[str, Any] = {"threads": device.threads, "providers": providers(device)}
         least = self._settings.least_score
         if self._settings.detector == "scrfd":
-            return faces.ScrfdFaces.from_file(file, score=least or faces.SCRFD_SCORE, **how), None
+            return _as_it_is, faces.ScrfdFaces.from_file(file, score=least or faces.SCRFD_SCORE, **how)
         found = faces.YuNetFaces.from_file(file, score=least or faces.YUNET_SCORE, **how)
-        return found, faces.YUNET_SIDE if self._settings.weights is None else None  # a fixed-size file has its own
-
-
-class TextDensitySettings(ModelSettings):
-    """`weights`: another PP-OCR detector than the one inside the rapidocr wheel, a file in ONNX form."""
-
-    weights: str | None = None
+        own_side = self._settings.weights is not None  # a fixed-size file has its own
+        return _as_it_is if own_side else _fitted(faces.YUNET_SIDE), found
 
 
 class TextDensityScorer(DetectorScorer):
-    """`text_area`, `text_boxes`, `text_density`."""
+    """`text_area`, `text_boxes`, `text_density`, by the detector in the rapidocr wheel or another of PP-OCR (ONNX)."""
 
-    settings_type: ClassVar[type[ScorerSettings]] = TextDensitySettings
+    settings_type: ClassVar[type[ScorerSettings]] = WeightsSettings
 
-    def __init__(self, name: str, settings: TextDensitySettings) -> None:
+    def __init__(self, name: str, settings: WeightsSettings) -> None:
         super().__init__(name, settings)
         self._weights = WeightRef(f"score.{name}.weights", settings.weights) if settings.weights else None
 
@@ -146,12 +224,12 @@ class TextDensityScorer(DetectorScorer):
         """Raises WeightsError."""
         self._file()
 
-    def open(self, device: Device) -> tuple[Detector, int | None]:
+    def open(self, device: Device) -> tuple[Shrink, Detect]:
         """PP-OCR's detector."""
         from curate.score.text_density import PYRAMID, TextDetector  # noqa: PLC0415  # ONNX Runtime: on workers only
 
         detector = TextDetector.from_file(self._file(), threads=device.threads, providers=providers(device))
-        return detector, PYRAMID[0][0]
+        return _fitted(PYRAMID[0][0]), detector
 
     def _file(self) -> Path:
         if self._weights is not None:

@@ -11,11 +11,22 @@ from pydantic import ValidationError
 
 from curate.errors import ConfigError
 from curate.score.clip import ClipScorer
-from curate.score.detectors import FacesScorer, TextDensityScorer
+from curate.score.detectors import FacesScorer, GantmanScorer, OpenNsfwScorer, TextDensityScorer, WatermarkScorer
 from curate.score.heads import AestheticV1Scorer, AestheticV2Scorer, LaionNsfwScorer
 from curate.score.phash import PhashScorer
 from curate.score.scorer import FeatureScorer, Scorer
 from curate.score.text_stats import TextStatsScorer
+from curate.score.vision import (
+    HfClassifierScorer,
+    HfEmbedScorer,
+    OnnxEmbedScorer,
+    OnnxScorer,
+    TimmEmbedScorer,
+    TimmScorer,
+    TorchScriptEmbedScorer,
+)
+from curate.score.vlm import VlmScorer
+from curate.score.zero_shot import ZeroShotScorer
 
 SCORERS: dict[str, type[Scorer]] = {
     "clip": ClipScorer,
@@ -26,6 +37,18 @@ SCORERS: dict[str, type[Scorer]] = {
     "laion_nsfw": LaionNsfwScorer,
     "faces": FacesScorer,
     "text_density": TextDensityScorer,
+    "watermark": WatermarkScorer,
+    "opennsfw2": OpenNsfwScorer,
+    "gantman": GantmanScorer,
+    "clip_zero_shot": ZeroShotScorer,
+    "vlm_yes_no": VlmScorer,
+    "hf_classifier": HfClassifierScorer,
+    "hf_embed": HfEmbedScorer,
+    "timm_classifier": TimmScorer,
+    "timm_embed": TimmEmbedScorer,
+    "torchscript_embed": TorchScriptEmbedScorer,
+    "onnx_classifier": OnnxScorer,
+    "onnx_embed": OnnxEmbedScorer,
 }
 
 

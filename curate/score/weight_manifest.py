@@ -101,6 +101,29 @@ _ENTRIES = (
         "25a606a145a5b6d7271ae138fbd00eba91dad8b83222ae3f2c7ecd0f4a7b0e31", 317_466,
         _YUNET + "yunet_n_640_640.onnx",
     ),
+    Weight(
+        "opennsfw2", "BSD-2-Clause (Yahoo), MIT (opennsfw2)", "image 224, BGR less channel means",
+        url="https://github.com/bhky/opennsfw2/releases/download/v0.1.0/open_nsfw_weights.h5",
+    ),
+    Weight(
+        "laion-watermark", "MIT", "image 256, ImageNet mean and deviation",
+        url="https://github.com/LAION-AI/LAION-5B-WatermarkDetection/raw/main/models/watermark_model_v1.pt",
+    ),
+    Weight(
+        "sscd-disc-mixup", "MIT", "image 320 or shorter side 288, ImageNet mean and deviation; a TorchScript file",
+        url="https://dl.fbaipublicfiles.com/sscd-copy-detection/sscd_disc_mixup.torchscript.pt",
+    ),
+    Weight(
+        "sscd-disc-large", "MIT", "as sscd-disc-mixup; 1024 numbers",
+        url="https://dl.fbaipublicfiles.com/sscd-copy-detection/sscd_disc_large.torchscript.pt",
+    ),
+    Weight(
+        "smolvlm2-2.2b", "Apache-2.0", "image and a question; `hf download HuggingFaceTB/SmolVLM2-2.2B-Instruct`",
+        hub=("HuggingFaceTB/SmolVLM2-2.2B-Instruct", "model.safetensors.index.json"),
+    ),
+    Weight(
+        "dinov2-base", "Apache-2.0", "image 224", hub=("facebook/dinov2-base", "model.safetensors"),
+    ),
 )  # fmt: skip
 
 MANIFEST = {weight.name: weight for weight in _ENTRIES}

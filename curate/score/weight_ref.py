@@ -8,7 +8,7 @@ from pathlib import Path
 
 from curate.errors import WeightsError
 from curate.score.weight_files import sha256_of
-from curate.score.weights import named, require
+from curate.score.weights import find, named, require
 
 
 class WeightRef:
@@ -22,7 +22,9 @@ class WeightRef:
     def sha256(self) -> str | None:
         """The content's hash; None when the user's file is not there (then `path` raises)."""
         if self._file is None:
-            return named(self.value).sha256
+            weight = named(self.value)
+            held = find(weight) if weight.sha256 is None else None
+            return weight.sha256 if held is None else sha256_of(held)
         return sha256_of(self._file) if self._file.is_file() else None
 
     def path(self) -> Path:

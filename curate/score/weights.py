@@ -5,7 +5,8 @@ A file is looked for in this order, and known by its sha256 whatever its name or
     the cache folder         where `curate weights pull` puts files
     the Hugging Face cache   for entries that come from the hub, whose own hashes the hub's client checks
 
-Nothing is downloaded but by `pull`. Entries without sha256 are repositories of the hub.
+Nothing is downloaded but by `pull`. Entries without sha256 come from the hub, or were published without one: those are
+known by their file name, and by what was first pulled.
 """
 
 import os
@@ -53,9 +54,10 @@ def find(weight: Weight) -> Path | None:
             for file in _candidates(folder, weight):
                 if sha256_of(file) == weight.sha256:
                     return file
-    if weight.hub is not None:
-        return in_hub_cache(*weight.hub)
-    return None
+    elif weight.url is not None:
+        alike = (file for folder in folders() for file in files_below(folder) if file.name == weight.file_name)
+        return next(alike, None)
+    return in_hub_cache(*weight.hub) if weight.hub is not None else None
 
 
 def require(name: str, where: str) -> Path:
@@ -126,7 +128,7 @@ def _download(weight: Weight, on_bytes: Callable[[int, int | None], None]) -> Pa
             return Path(hf_hub_download(*weight.hub))
         except (HfHubHTTPError, LocalEntryNotFoundError, OSError) as error:
             raise WeightsError(f"{weight.name}: {weight.source} could not be had: {_first_line(error)}") from None
-    if weight.url is None or weight.sha256 is None:
+    if weight.url is None:
         raise WeightsError(f"{weight.name}: no public source; {weight.source}")
     target = _pulled() / weight.name / weight.file_name
     part = target.with_name(f"{target.name}.part")
@@ -138,7 +140,7 @@ def _download(weight: Weight, on_bytes: Callable[[int, int | None], None]) -> Pa
             f"{weight.name}: {weight.url} could not be had: {_first_line(error)}; run the command again to resume"
         ) from None
     found = sha256_of(part)
-    if found != weight.sha256:
+    if weight.sha256 is not None and found != weight.sha256:
         part.unlink()
         raise WeightsError(f"{weight.name}: {weight.url} gave sha256 {found}, the manifest has {weight.sha256}")
     part.replace(target)

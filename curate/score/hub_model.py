@@ -1,0 +1,63 @@
+"""A `transformers` model that an entry names: a folder, or a repository of the Hugging Face hub that is cached here.
+
+Found and read (its config.json) without loading torch; nothing is downloaded.
+"""
+
+import json
+from collections.abc import Mapping
+from functools import cached_property
+from pathlib import Path
+from typing import Any
+
+from curate.errors import WeightsError
+from curate.score.weight_files import sha256_of_folder
+from curate.score.weights import in_hub_cache
+
+# Safetensors only: transformers would read a pickled .bin as well.
+WEIGHT_NAMES = ("model.safetensors", "model.safetensors.index.json")
+
+
+class HubModel:
+    """One model; `where` is the recipe's key, for errors."""
+
+    def __init__(self, where: str, name: str) -> None:
+        self.where, self.name = where, name
+        given = Path(name).expanduser().absolute()
+        self._folder = given if given.is_dir() or name.startswith(("/", "./", "../", "~")) else None
+
+    @property
+    def source(self) -> str:
+        """What `from_pretrained` is given."""
+        return str(self._folder) if self._folder else self.name
+
+    def file(self, name: str) -> Path | None:
+        """One of its files, if it is here."""
+        if self._folder is not None:
+            return self._folder / name if (self._folder / name).is_file() else None
+        return in_hub_cache(self.name, name)
+
+    @cached_property
+    def config(self) -> Mapping[str, Any]:
+        """config.json. Raises WeightsError."""
+        found = self.file("config.json")
+        if found is None:
+            raise WeightsError(f"{self.where}: {self._absent()}")
+        content: Mapping[str, Any] = json.loads(found.read_text())
+        return content
+
+    def identity(self) -> Mapping[str, Any]:
+        """A folder by content, a repository by name and the commit that is cached."""
+        if self._folder is not None:
+            return {"model": "folder", "sha256": sha256_of_folder(self._folder) if self._folder.is_dir() else None}
+        found = self.file("config.json")
+        return {"model": self.name, "commit": found.parent.name if found else None}  # snapshots/<commit>/config.json
+
+    def check(self) -> None:
+        """Raises WeightsError when the weights are not here."""
+        if not any(self.file(name) for name in WEIGHT_NAMES):
+            raise WeightsError(f"{self.where}: no {' or '.join(WEIGHT_NAMES)}; {self._absent()}")
+
+    def _absent(self) -> str:
+        if self._folder is not None:
+            return f"{self._folder} is no folder that `save_pretrained` wrote"
+        return f"{self.name} is not on this machine; `hf download {self.name}` (or bring a cache, $HF_HOME)"
