@@ -6,6 +6,7 @@ crashes takes one sample with it. Pixel counts are checked before anything of th
 """
 
 import io
+import zlib
 from dataclasses import dataclass
 from functools import lru_cache
 from typing import Any
@@ -16,7 +17,7 @@ import numpy.typing as npt
 from PIL import Image, ImageCms
 
 from curate.fetch.outcome import Refusal, brief
-from curate.fetch.sniff import Jpeg, kind_of, read_jpeg, size_of
+from curate.fetch.sniff import Jpeg, kind_of, png_chunks, read_jpeg, size_of
 
 Pixels = npt.NDArray[np.uint8]  # height x width x 3, BGR (OpenCV's order, in which it also encodes)
 
@@ -24,6 +25,8 @@ Image.MAX_IMAGE_PIXELS = None  # `max_pixels` is checked here, from the header
 _PILLOW_FORMATS = {
     "jpeg": "JPEG", "png": "PNG", "gif": "GIF", "webp": "WEBP", "bmp": "BMP", "tiff": "TIFF", "avif": "AVIF"
 }  # fmt: skip
+_PNG_READ = frozenset({b"IHDR", b"PLTE", b"IDAT", b"tRNS", b"iCCP", b"eXIf", b"IEND"})
+ICC_BYTES = 1_000_000  # real profiles have up to 600 kB
 _REDUCED = {2: cv2.IMREAD_REDUCED_COLOR_2, 4: cv2.IMREAD_REDUCED_COLOR_4, 8: cv2.IMREAD_REDUCED_COLOR_8}
 
 
@@ -102,10 +105,31 @@ def _has_end(data: bytes, jpeg: Jpeg) -> bool:
 
 
 def _opened(data: bytes, kind: str) -> Image.Image:
+    if kind == "png":
+        data = _without_text(data)
     try:
         return Image.open(io.BytesIO(data), formats=[_PILLOW_FORMATS[kind]])
     except Exception as error:  # whatever a reader raises on hostile bytes means one thing
         raise Refusal("decode_error", brief(error)) from None
+
+
+def _without_text(data: bytes) -> bytes:
+    """A PNG without what Pillow would inflate before it comes to the pixels: text, a bloated profile, other frames."""
+    kept = []
+    for name, start, stop in png_chunks(data):
+        if name == b"iCCP" and not _inflates_below(data[start + 8 : stop - 4], ICC_BYTES):
+            continue
+        if name in _PNG_READ:
+            kept.append(data[start:stop])
+    return data[:8] + b"".join(kept)
+
+
+def _inflates_below(profile: bytes, limit: int) -> bool:
+    """Whether an iCCP chunk's profile (name, NUL, method, zlib stream) stays below `limit` bytes."""
+    try:
+        return len(zlib.decompressobj().decompress(profile.partition(b"\0")[2][1:], limit)) < limit
+    except zlib.error:
+        return False
 
 
 def _decode_pillow(data: bytes, header: Header, denominator: int) -> Decoded:
@@ -113,21 +137,19 @@ def _decode_pillow(data: bytes, header: Header, denominator: int) -> Decoded:
         try:
             if denominator > 1:
                 image.draft(None, (header.width // denominator, header.height // denominator))
-            frames = getattr(image, "n_frames", 1) if header.kind != "tiff" else 1
-            orientation = image.getexif().get(0x0112, 1)
+            single = header.kind == "tiff" or getattr(image, "n_frames", 1) == 1
             icc = image.info.get("icc_profile")
             image.load()
+            orientation = image.getexif().get(0x0112, 1)  # after loading: Pillow turns a TIFF itself
             mode = image.mode
             rgb, icc = _to_rgb(image, icc)
             pixels = np.ascontiguousarray(np.asarray(rgb)[:, :, ::-1])
         except Exception as error:
             raise Refusal("decode_error", brief(error)) from None
     orientation = orientation if isinstance(orientation, int) and 1 <= orientation <= 8 else 1
-    depth8 = header.kind != "png" or data[24] <= 8
-    plain = (
-        frames == 1 and mode in ("RGB", "L", "P", "1") and "transparency" not in image.info
-        and orientation == 1 and icc is None and depth8
-    )  # fmt: skip
+    deep_or_moving = header.kind == "png" and (data[24] > 8 or b"acTL" in data[: data.find(b"IDAT")])
+    opaque = mode in ("RGB", "L", "P", "1") and "transparency" not in image.info
+    plain = single and opaque and orientation == 1 and icc is None and not deep_or_moving
     return Decoded(header.kind, pixels, header.width, header.height, orientation, icc, plain)
 
 
@@ -137,11 +159,10 @@ def _to_rgb(image: Image.Image, icc: bytes | None) -> tuple[Image.Image, bytes |
     An RGB profile is applied after resizing, when there are fewer pixels; one of another colour space only fits here.
     """
     if image.mode.startswith(("I", "F")):
-        values = np.asarray(image).astype(np.float64)
-        top = 1.0 if image.mode == "F" and values.size and np.nanmax(values) <= 1.0 else 65_535.0
-        if image.mode != "F" and values.size and values.max() <= 255:
-            top = 255.0
-        levels = np.nan_to_num(values * (255.0 / top)).clip(0, 255).astype(np.uint8)
+        values = np.nan_to_num(np.asarray(image).astype(np.float64))
+        brightest = 65_535.0 if image.mode.startswith("I;16") else values.max(initial=0.0)
+        white = next((white for white in (1.0, 255.0) if image.mode == "F" and brightest <= white), 65_535.0)
+        levels = (values * (255.0 / white)).clip(0, 255).round().astype(np.uint8)
         return Image.fromarray(levels).convert("RGB"), None
     if image.mode == "CMYK":
         transform = transform_of(icc, "CMYK")
@@ -177,7 +198,7 @@ def transform_of(icc: bytes | None, mode: str) -> ImageCms.ImageCmsTransform | N
 
     Cached: a few dozen profiles cover the web, and building one takes longer than using it on a small picture.
     """
-    if not icc or len(icc) > 4_000_000:
+    if not icc or len(icc) > ICC_BYTES:
         return None
     try:
         profile = ImageCms.ImageCmsProfile(io.BytesIO(icc))

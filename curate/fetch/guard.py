@@ -36,7 +36,7 @@ _SPECIAL_V6 = tuple(ipaddress.IPv6Network(text) for text in (
 _NAT64 = ipaddress.IPv6Network("64:ff9b::/96")  # an IPv4 address in its last 32 bits; judged as that one
 
 _CONTROL = re.compile(r"[\x00-\x1f\x7f]")
-_NUMERIC_HOST = re.compile(r"(0[xX][0-9a-fA-F]*|[0-9]+)(\.(0[xX][0-9a-fA-F]*|[0-9]+)){0,3}")
+_NUMERIC_HOST = re.compile(r"(.*\.)?(0[xX][0-9a-fA-F]*|[0-9]+)")  # ends in a number: an address (WHATWG URL, 3.5)
 
 
 class BlockedAddress(OSError):

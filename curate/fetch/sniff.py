@@ -6,6 +6,7 @@ rest are `not_image`, which keeps most decoders (and their bugs) out of reach.
 
 import re
 import struct
+from collections.abc import Iterator
 from dataclasses import dataclass, field
 
 from curate.fetch.outcome import Refusal
@@ -171,3 +172,16 @@ def _exif_orientation(tiff: bytes) -> int:
     except struct.error:
         return 1
     return 1
+
+
+def png_chunks(data: bytes) -> Iterator[tuple[bytes, int, int]]:
+    """(name, start, end) of each chunk in turn, whole chunks only; ends behind IEND or where the file is cut."""
+    at = 8
+    while at + 12 <= len(data):
+        name, stop = data[at + 4 : at + 8], at + 12 + int.from_bytes(data[at : at + 4], "big")
+        if stop > len(data):
+            return
+        yield name, at, stop
+        if name == b"IEND":
+            return
+        at = stop

@@ -5,7 +5,7 @@ anew, which strips it as well.
 """
 
 from curate.fetch.decode import Header
-from curate.fetch.sniff import jpeg_scans_end
+from curate.fetch.sniff import jpeg_scans_end, png_chunks
 
 _JFIF = b"\xff\xe0\x00\x10JFIF\0\x01\x01\0\0\x01\0\x01\0\0"
 _PNG_KEPT = frozenset({b"IHDR", b"PLTE", b"IDAT", b"tRNS", b"gAMA", b"cHRM", b"sRGB", b"sBIT", b"IEND"})
@@ -39,18 +39,10 @@ def _jpeg(data: bytes, header: Header) -> bytes | None:
 
 
 def _png(data: bytes) -> bytes | None:
-    parts, at = [data[:8]], 8
-    while at + 12 <= len(data):
-        name = data[at + 4 : at + 8]
-        stop = at + 12 + int.from_bytes(data[at : at + 4], "big")
-        if stop > len(data):
-            return None
-        if name in _PNG_KEPT:
-            parts.append(data[at:stop])
-        if name == b"IEND":
-            return b"".join(parts)
-        at = stop
-    return None
+    chunks = list(png_chunks(data))
+    if not chunks or chunks[-1][0] != b"IEND":
+        return None
+    return data[:8] + b"".join(data[start:stop] for name, start, stop in chunks if name in _PNG_KEPT)
 
 
 def _webp(data: bytes) -> bytes | None:
