@@ -47,6 +47,10 @@ class _Worker:
         return pa.Table.from_pylist(rows, schema=_ROW)
 
 
+def _call(function: Callable[[Any], Any], item: Any) -> Any:
+    return function(item)
+
+
 def _living_nodes() -> list[str]:
     nodes: Any = ray.nodes  # untyped in Ray
     return [node["NodeID"] for node in nodes() if node["Alive"]]
@@ -85,6 +89,8 @@ class RayDriver(Driver):
             address = address or os.environ.get("RAY_ADDRESS")  # set inside a Ray job
             logging.getLogger("ray.data").setLevel(logging.ERROR)
             quiet: dict[str, Any] = {"log_to_driver": False, "logging_level": logging.ERROR}
+            if not address:  # a note of Ray's core on restarts, in red, that means nothing to who reads our output
+                os.environ.setdefault("RAY_BACKEND_LOG_LEVEL", "fatal")
             local: dict[str, Any] = {} if address else {"num_cpus": cpus, "include_dashboard": False}
             ray.init(address=address or "local", **quiet, **local)
 
@@ -120,14 +126,15 @@ class RayDriver(Driver):
         """See Driver.map."""
         if not items:
             return
-        task = ray.remote(num_cpus=1, max_retries=NODE_LOSSES)(function)
+        task = ray.remote(num_cpus=1, max_retries=NODE_LOSSES)(_call)
+        shared = ray.put(function)  # once, not with every item: it may hold settings of a whole pool
         window = max(2, int(_cluster("CPU")) * IN_FLIGHT_PER_CPU)
-        waiting = [task.remote(item) for item in items[:window]]
+        waiting = [task.remote(shared, item) for item in items[:window]]
         following = window
         while waiting:
             ready, waiting = ray.wait(waiting, num_returns=1)
             if following < len(items):
-                waiting.append(task.remote(items[following]))
+                waiting.append(task.remote(shared, items[following]))
                 following += 1
             try:
                 yield ray.get(ready[0])

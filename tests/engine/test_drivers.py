@@ -1,5 +1,6 @@
 """Stages over shards, on both engines: the same bytes, whatever dies."""
 
+from functools import partial
 from pathlib import Path
 
 import pytest
@@ -98,6 +99,7 @@ def test_map_gives_every_result_and_the_functions_own_error(driver: Driver) -> N
     """Guards against lost items, and against Ray's wrapper hiding which error it was."""
     assert sorted(driver.map(_square, list(range(50)))) == [n * n for n in range(50)]
     assert list(driver.map(_square, [])) == []
+    assert sorted(driver.map(partial(pow, 2), [1, 2, 3])) == [2, 4, 8]
     with pytest.raises(ZeroDivisionError):
         list(driver.map(_invert, [1, 0]))
 
