@@ -68,10 +68,11 @@ def open_timm(name: str, weights: Path, classes: int, device: Device) -> VisionM
     """Softmax over `classes`, or unit features when 0, after timm's evaluation transform. Raises WeightsError."""
     model = timm.create_model(name, pretrained=False, num_classes=classes)
     state = load_file(weights) if weights.suffix == ".safetensors" else _tensors(weights)
-    kept = {key: value for key, value in state.items() if key in model.state_dict()}
-    missing = sorted(set(model.state_dict()) - set(kept))
+    wanted = model.state_dict()
+    kept = {key: value for key, value in state.items() if key in wanted and value.shape == wanted[key].shape}
+    missing = sorted(set(wanted) - set(kept))
     if missing:
-        raise WeightsError(f"{weights} is not a {name} of {classes} classes: no {', '.join(missing[:3])}")
+        raise WeightsError(f"{weights} is not a {name} of {classes} classes: no fitting {', '.join(missing[:3])}")
     model.load_state_dict(kept)
     transform = _TIMM_DATA.create_transform(**_TIMM_DATA.resolve_model_data_config(model), is_training=False)
 
