@@ -22,7 +22,9 @@ Int64 = npt.NDArray[np.int64]
 
 ROWS_PER_BATCH = 1 << 14  # balanced together: 64 MB of float32 similarities to 1,024 centres
 ROWS_PER_TILE = 1 << 11
-BID_STEP = 1e-3  # the auction's ε: each point is within ε of its best price; cosines differ by about 0.1
+BID_STEP = (
+    0.01  # the auction's ε: 0.005 gained 0.00005 of mean similarity for 1.5 × the time (16,000 points, 256 cells)
+)
 MOVED = 1e-4  # training ends when the centres move less than this on average, as unit vectors
 
 
@@ -127,9 +129,9 @@ def balanced_assignment(scores: npt.NDArray[Any], capacity: int, step: float = B
     points, cells = scores.shape
     if capacity * cells < points:
         raise PlanError(f"mode: {points} points do not fit {cells} cells of {capacity}")
-    members = np.full(points, -1, dtype=np.int64)
     if cells == 1 or points == 0:
         return np.zeros(points, dtype=np.int64)
+    members = np.full(points, -1, dtype=np.int64)
     bids, prices = np.zeros(points), np.zeros(cells)
     while True:
         free = np.flatnonzero(members < 0)
@@ -141,7 +143,10 @@ def balanced_assignment(scores: npt.NDArray[Any], capacity: int, step: float = B
         best = np.where(value[:, 0] >= value[:, 1], two[:, 0], two[:, 1])
         members[free] = best
         bids[free] = prices[best] + np.abs(value[:, 0] - value[:, 1]) + step
-        order = np.lexsort((np.arange(points), -bids, members))
+        touched = np.zeros(cells, dtype=bool)
+        touched[best] = True
+        rows = np.flatnonzero(touched[members])
+        order = rows[np.lexsort((-bids[rows], members[rows]))]
         place = _places(members[order])
         last = order[place == capacity - 1]  # full cells: their lowest bid is the price to beat
         prices[members[last]] = bids[last]
