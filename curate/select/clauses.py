@@ -173,11 +173,11 @@ def _names(node: Any, columns: Mapping[str, Column]) -> tuple[tuple[str, ...], l
     for part in _nodes(node):
         if part.get("class") == "COLUMN_REF":
             path = [name for name in part["column_names"] if name != "rows"] or part["column_names"]
-            name: str | None = path[0] if path[0] in columns else lower.get(path[0].lower())
-            if name is None:
+            found = path[0] if path[0] in columns else lower.get(path[0].lower())
+            if found is None:
                 unknown.append(path[0])
             else:
-                known[name] = None
+                known[found] = None
     return tuple(known), unknown
 
 

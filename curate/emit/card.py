@@ -1,0 +1,127 @@
+"""The dataset card of a release: Markdown with the front matter of Hugging Face, written from `release.json` alone."""
+
+import json
+from collections.abc import Mapping
+from typing import Any
+
+import yaml
+
+_CARD = """{front}
+# {title}
+
+{total:,} samples in {subsets}, written by `curate` {version} from a pool of {rows:,}
+rows. The release is immutable: `release.json` holds the recipe, the resolved thresholds, the fingerprint of every table
+behind it and the sha256 of every tar; `curate verify` reads all of it again.
+
+## Composition
+| subset | samples | tars | GB | condition | best share | threshold |
+|---|---|---|---|---|---|---|
+{composition}
+
+A sample is `<key>.jpg`, `<key>.txt` (missing where there is no caption) and `<key>.json`; the image's bytes are as they
+were stored, so some may be PNG or WebP under the name jpg (readers go by content). `manifest.parquet` has one row per
+sample with URL, caption, all scores and the place of its image. Samples are shuffled with seed {seed}.
+
+## Funnel
+{funnel}
+
+## Load it
+{load}
+
+## How the columns were made
+| table | fingerprint | settings |
+|---|---|---|
+{tables}
+
+## Known limits
+- Images and captions come from the open web; scores are models' opinions. Null scores are never selected.
+- Rows whose image could not be fetched are not here; which ones can be had differs from day to day.
+{limits}
+## Licence and removal
+The images belong to their owners; this release grants no right to them. Look at the terms of the source tables before
+you publish it. To have a sample removed, write to {contact} with its URL or key.
+"""
+
+
+def card(release: Mapping[str, Any]) -> str:
+    """README.md of a release."""
+    recipe, subsets = release["recipe"], release["subsets"]
+    aside = release["set_aside"]
+    limits = f"- {len(aside)} shards of the pool were set aside after three failed tries; release.json names them.\n"
+    return _CARD.format(
+        front=_front(release),
+        title=f"Release {release['fingerprint'][:8]}",
+        total=sum(facts["samples"] for facts in subsets.values()),
+        subsets=f"{len(subsets)} subset{'s' * (len(subsets) != 1)}",
+        version=release["versions"].get("curate", ""),
+        rows=release["pool"]["rows"],
+        composition="\n".join(_row(name, facts) for name, facts in subsets.items()),
+        seed=release["emit"]["seed"],
+        funnel="\n".join(_funnel(name, facts, release["pool"]["rows"]) for name, facts in subsets.items()),
+        load="\n".join(_load(name, facts) for name, facts in subsets.items() if facts["tars"]),
+        tables="\n".join(
+            f"| {name} | {facts['fingerprint']} | `{_cell(json.dumps(facts['settings'], sort_keys=True))}` |"
+            for name, facts in release["tables"].items()
+        ),
+        limits=limits if aside else "",
+        contact=(recipe.get("fetch") or {}).get("contact") or "whoever gave you this release",
+    )
+
+
+def tar_span(tars: int) -> str:
+    """`{00000..00012}.tar` as shells and trainers expand it."""
+    return f"{{00000..{tars - 1:05d}}}.tar" if tars > 1 else "00000.tar"
+
+
+def _front(release: Mapping[str, Any]) -> str:
+    filled = {name: facts for name, facts in release["subsets"].items() if facts["tars"]}
+    matter = {
+        "configs": [
+            {"config_name": name, "data_files": [{"split": "train", "path": f"{name}/*.tar"}]} for name in filled
+        ],
+        "tags": ["webdataset", "curate"],
+        "pretty_name": f"curate release {release['fingerprint'][:8]}",
+    }
+    return f"---\n{yaml.safe_dump(matter, sort_keys=False)}---"
+
+
+def _row(name: str, facts: Mapping[str, Any]) -> str:
+    top = facts["keep_top"]
+    share = f"best {top['fraction']:.4g} by `{_cell(top['by'])}`" if top else ""
+    where = f"`{_cell(facts['where'])}`" if facts["where"] else ""
+    threshold = "" if facts["threshold"] is None else f"{facts['threshold']:.6g}"
+    return (
+        f"| {name} | {facts['samples']:,} | {facts['tars']:,} | {facts['bytes'] / 1e9:.3f} | {where} | {share} "
+        f"| {threshold} |"
+    )
+
+
+def _funnel(name: str, facts: Mapping[str, Any], rows: int) -> str:
+    lines = [f"**{name}**: {rows:,} rows, {facts['samples']:,} chosen; refused first by", ""]
+    refused = sorted(facts["refused"].items(), key=lambda item: (-item[1], item[0]))
+    lines += [f"- {_cell(reason)}: {count:,}" for reason, count in refused]
+    return "\n".join([*lines, ""])
+
+
+def _load(name: str, facts: Mapping[str, Any]) -> str:
+    span = tar_span(facts["tars"])
+    pairs = facts["samples"] - facts["without_text"]
+    lines = [
+        f"### {name}", "```python",
+        f'webdataset.WebDataset("{name}/{span}", shardshuffle=False).decode("pil")',
+        f'datasets.load_dataset("webdataset", data_files="{name}/*.tar", split="train", streaming=True)',
+        f'curate.torch.ReleaseDataset(".", "{name}", transform=…)  # map-style, images only: DINOv2, Web-SSL',
+        "```",
+    ]  # fmt: skip
+    if pairs:
+        lines += [
+            "```sh",
+            f"python -m open_clip_train.main --dataset-type webdataset --train-data '{name}/{span}' \\",
+            f"  --train-num-samples {pairs} --workers {min(8, facts['tars'])} --model ViT-B-32 --batch-size 256",
+            "```",
+        ]
+    return "\n".join(lines)
+
+
+def _cell(text: str) -> str:
+    return text.replace("|", "\\|").replace("\n", " ").replace("`", "'")

@@ -1,0 +1,264 @@
+"""A release: chosen samples as tars that trainers read, with everything that says how they came to be.
+
+    <root>/releases/<NNNN>-<fingerprint>/release.json       written last: without it there is no release
+                                         manifest.parquet   a row per sample and subset, in the order of the tars
+                                         README.md          the dataset card
+                                         <subset>/00000.tar … sizes.json __len__
+    <root>/releases/latest                                  the name of the newest release; moves after everything else
+    <root>/_work/emit/<fingerprint>/                        while it grows
+
+The fingerprint is the hash of all that determines the bytes. On a local disk a release grows below `_work` and is
+renamed when whole; on an object store, which cannot rename, it grows in its place and `release.json` makes it one.
+Releases are never changed. Two runs at once write either different folders or the same bytes.
+"""
+
+import hashlib
+from collections import Counter
+from collections.abc import Mapping, Sequence
+from contextlib import suppress
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import pyarrow.parquet as pq
+
+from curate.config import EmitSettings, Recipe
+from curate.emit.card import card
+from curate.emit.facts import facts_of
+from curate.emit.passes import Build, order, pick, write
+from curate.emit.provenance import release_note, subset_note
+from curate.emit.shuffle import Group, deal, group
+from curate.errors import PlanError
+from curate.metrics import Ticker
+from curate.rows import SAMPLES
+from curate.schema import Shard, TableSpec, fingerprint, inputs_of, pool_digest
+from curate.stage import CrossStep, Map
+from curate.store import Store
+
+VERSION = 1
+RELEASES = "releases"
+LATEST = f"{RELEASES}/latest"
+NOTE = "release.json"
+
+
+class EmitStep(CrossStep):
+    """See the module's docstring."""
+
+    name = "emit"
+
+    def __init__(
+        self,
+        settings: EmitSettings,
+        recipe: Recipe,
+        tables: Sequence[TableSpec],
+        members: Mapping[str, TableSpec],
+        shards: Sequence[Shard],
+        thresholds: Mapping[str, float],
+        set_aside: Mapping[str, str],
+    ) -> None:
+        self._settings, self._recipe, self._members = settings, recipe, dict(members)
+        self._thresholds, self._set_aside = dict(thresholds), dict(set_aside)
+        self._facts = facts_of(tables, settings.columns, settings.features)
+        self._specs = [*tables, *members.values()]
+        self._fingerprint = fingerprint(
+            "release", VERSION, settings.model_dump(mode="json"), list(members), inputs_of(members.values()),
+            inputs_of(self._facts.tables), pool_digest(shards),
+        )  # fmt: skip
+
+    def done(self, store: Store, shards: Sequence[Shard]) -> bool:
+        """Whether this very release is there, and the latest."""
+        name = self._released(store)
+        return name is not None and latest_release(store) == name
+
+    def run(self, store: Store, shards: Sequence[Shard], map_items: Map, ticker: Ticker) -> Mapping[str, int]:
+        """Build what is missing and publish; counts samples and tars, bytes written, bytes and requests read."""
+        work = f"_work/emit/{self._fingerprint}"
+        counts: Mapping[str, int] = {}
+        if self._released(store) is None:
+            target = f"{work}/release" if store.is_local else f"{RELEASES}/{self._name(store)}"
+            build = Build(store, self._settings, self._facts, self._members, work, target)
+            try:
+                counts = self._build(build, shards, map_items, ticker)
+                self._publish(build)
+            except (FileNotFoundError, OSError):
+                if self._released(store) is None:  # else another run published it and cleared the work away
+                    raise
+        name = self._released(store)
+        assert name is not None, "published above"
+        if latest_release(store) != name:
+            store.put_bytes(LATEST, f"{name}\n".encode())
+        store.remove_tree(work)
+        return counts
+
+    def _build(self, build: Build, shards: Sequence[Shard], map_items: Map, ticker: Ticker) -> Mapping[str, int]:
+        settings = self._settings
+        largest = max((shard.rows for shard in shards), default=1)
+        chunks = deal([shard.name for shard in shards], largest, settings.seed, settings.group_samples)
+        found: dict[int, Any] = {}
+        for result in map_items(partial(pick, build), chunks):
+            found[result["chunk"]] = result["subsets"]
+            ticker.advance(0, f"choosing, {len(found)} of {len(chunks)} parts")
+        picked = {name: _summed([found[chunk.number][name] for chunk in chunks]) for name in self._members}
+        groups = {name: self._groups(name, [found[chunk.number][name] for chunk in chunks]) for name in self._members}
+        every = [one for name in self._members for one in groups[name]]
+        for _ in map_items(partial(order, build), every):
+            ticker.advance(0, "shuffling")
+        notes = self._write(build, every, map_items, ticker, max(1, len(shards)))
+        traffic: Counter[str] = Counter()
+        for note in (note for name in self._members for note in notes[name]):
+            traffic.update({"requests": note.get("requests", 0), "bytes_read": note.get("bytes_read", 0)})
+        self._finish(build, shards, picked, groups, notes)
+        written = {name: sum(note["samples"] for note in notes[name]) for name in self._members}
+        return {
+            **{f"{name}: samples": samples for name, samples in written.items()},
+            "samples": sum(written.values()), "tars": sum(len(notes[name]) for name in self._members),
+            "bytes_written": sum(note["bytes"] for name in self._members for note in notes[name]), **traffic,
+        }  # fmt: skip
+
+    def _groups(self, name: str, parts: Sequence[Mapping[str, Any]]) -> list[Group]:
+        settings = self._settings
+        return group(
+            name, [part["samples"] for part in parts], [part["bytes"] for part in parts], settings.group_samples,
+            settings.samples_per_shard, settings.bytes_per_shard, settings.min_tars,
+        )  # fmt: skip
+
+    def _write(
+        self, build: Build, groups: Sequence[Group], map_items: Map, ticker: Ticker, total: int
+    ) -> dict[str, list[dict[str, Any]]]:
+        """The notes of all tars, in order, by subset."""
+        # Where images lie elsewhere, a group's neighbours are read together, so one worker writes all of its tars.
+        together = not build.store.is_local
+        items = [
+            (one, tars)
+            for one in groups
+            for tars in ([tuple(range(one.tars))] if together else [(tar,) for tar in range(one.tars)])
+        ]
+        notes: dict[str, list[dict[str, Any]]] = {name: [] for name in self._members}
+        tars = sum(one.tars for one in groups)
+        written = shown = 0
+        for made in map_items(partial(_write_item, build), items):
+            for note in made:
+                notes[note["subset"]].append(note)
+            written += len(made)
+            ticker.advance(total * written // tars - shown, f"tar {written} of {tars}")
+            shown = total * written // tars
+        return {name: sorted(found, key=lambda note: str(note["tar"])) for name, found in notes.items()}
+
+    def _finish(
+        self, build: Build, shards: Sequence[Shard], picked: Mapping[str, Any], groups: Mapping[str, Sequence[Group]],
+        notes: Mapping[str, Sequence[Mapping[str, Any]]],
+    ) -> None:  # fmt: skip
+        """Everything beside the tars; `release.json` last."""
+        store, target = build.store, build.target
+        for name, files in notes.items():
+            store.put_json(f"{target}/{name}/sizes.json", {file["tar"]: file["samples"] for file in files})
+            store.put_bytes(f"{target}/{name}/__len__", str(picked[name]["samples"]).encode())
+        sources = [
+            {key: value for key, value in batch.items() if key != "shards"}
+            for spec in self._specs
+            if spec.name == SAMPLES
+            for batch in store.batches(spec)
+        ]
+        release = release_note(
+            self._fingerprint, self._recipe, self._settings, self._specs, shards, self._set_aside, sources,
+            {
+                name: subset_note(
+                    self._recipe, spec, self._thresholds.get(name), picked[name], groups[name], notes[name]
+                )
+                for name, spec in self._members.items()
+            },
+        )  # fmt: skip
+        readme = card(release).encode()
+        store.put_bytes(f"{target}/README.md", readme)
+        digest, rows = _concatenate(build, notes)
+        release["manifest"] = {"sha256": digest, "rows": rows}
+        release["card"] = {"sha256": hashlib.sha256(readme).hexdigest()}
+        store.put_json(f"{target}/{NOTE}", release)
+
+    def _publish(self, build: Build) -> None:
+        """Make a local release visible under its name; elsewhere it is where it belongs already."""
+        store = build.store
+        if not store.is_local or self._released(store) is not None:
+            return
+        place = Path(store.full(f"{RELEASES}/{self._name(store)}"))
+        place.parent.mkdir(parents=True, exist_ok=True)
+        store.sweep(build.target)
+        for name in self._members:
+            store.sweep(f"{build.target}/{name}")
+        with suppress(FileExistsError):  # another run published the same bytes just now
+            Path(store.full(build.target)).rename(place)
+
+    def _released(self, store: Store) -> str | None:
+        """The name of the complete release with this fingerprint."""
+        for name in self._candidates(store):
+            note = store.get_json(f"{RELEASES}/{name}/{NOTE}")
+            if note is not None and note["fingerprint"] == self._fingerprint:
+                return name
+        return None
+
+    def _candidates(self, store: Store) -> list[str]:
+        return [name for name in store.names(RELEASES) if name.endswith(f"-{self._fingerprint[:8]}")]
+
+    def _name(self, store: Store) -> str:
+        """The folder that this release grows in, or the next free number."""
+        mine = self._candidates(store)
+        if mine:
+            return mine[-1]
+        numbers = [int(name[:4]) for name in store.names(RELEASES) if name[:4].isdigit()]
+        return f"{max(numbers, default=0) + 1:04d}-{self._fingerprint[:8]}"
+
+
+def emit_step(
+    settings: EmitSettings,
+    recipe: Recipe,
+    tables: Sequence[TableSpec],
+    member_specs: Mapping[str, TableSpec],
+    shards: Sequence[Shard],
+    thresholds: Mapping[str, float],
+    extra: Mapping[str, str],
+) -> EmitStep:
+    """The step that publishes a release. `extra` names the shards that were set aside, with the cause.
+
+    Raises PlanError for a column that no table has, or where no table says where images lie.
+    """
+    if not member_specs:
+        raise PlanError(
+            "emit: the recipe has no subsets; write `subsets: {all: {}}` to emit every sample with an image"
+        )
+    return EmitStep(settings, recipe, tables, member_specs, shards, thresholds, extra)
+
+
+def latest_release(store: Store) -> str | None:
+    """The name that `releases/latest` holds."""
+    try:
+        return store.get_bytes(LATEST).decode().strip()
+    except FileNotFoundError:
+        return None
+
+
+def _write_item(build: Build, item: tuple[Group, tuple[int, ...]]) -> list[dict[str, Any]]:
+    return write(build, *item)
+
+
+def _summed(parts: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
+    clauses: Counter[str] = Counter()
+    for part in parts:
+        clauses.update(part["clauses"])
+    plain = {name: sum(part[name] for part in parts) for name in ("samples", "bytes", "without_text")}
+    return {**plain, "clauses": dict(clauses)}
+
+
+def _concatenate(build: Build, notes: Mapping[str, Sequence[Mapping[str, Any]]]) -> tuple[str, int]:
+    """Write manifest.parquet, a row group for each tar; returns (sha256, rows)."""
+    rows = 0
+    with build.store.staged(f"{build.target}/manifest.parquet") as local:
+        with pq.ParquetWriter(local, build.facts.manifest_schema(), compression="zstd") as writer:
+            for name in sorted(notes):  # as release.json lists them
+                for number in range(len(notes[name])):
+                    with build.store.open(build.part(name, number)) as handle:
+                        part = pq.read_table(handle)
+                    writer.write_table(part, row_group_size=max(1, part.num_rows))
+                    rows += part.num_rows
+        with local.open("rb") as stream:
+            digest = hashlib.file_digest(stream, "sha256").hexdigest()
+    return digest, rows
