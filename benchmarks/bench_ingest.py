@@ -110,7 +110,7 @@ def main() -> None:
         shutil.rmtree(folder)
     floor = results["read and write"][1]
     print(
-        f"\n{given.rows:,} rows in {given.files} Parquet files ({size:,.0f} MB), {given.repeats:.0%} repeats, 1 process;"
+        f"\n{given.rows:,} rows in {given.files} Parquet files ({size:,.0f} MB), {given.repeats:.0%} repeats, 1 process"
     )
     print(f"{platform.processor() or platform.machine()}, {os.cpu_count()} cores, Python {platform.python_version()}\n")
     print("| work | wall s | CPU s | rows/CPU-s | times the floor (CPU) | peak RSS MB |\n|---|---|---|---|---|---|")

@@ -193,7 +193,10 @@ def kept_rows(
         if where is None:
             yield rows
             continue
-        keep = evaluate(pa.Table.from_batches([rows]), {"keep": where}).column("keep").combine_chunks()
+        try:
+            keep = evaluate(pa.Table.from_batches([rows]), {"keep": where}).column("keep").combine_chunks()
+        except PlanError as error:
+            raise SourceError(f"{source.file.path}: ingest.where fails on a value; try TRY_CAST: {error}") from None
         if len(keep) != rows.num_rows:
             raise PlanError(f"ingest.where: {where}: must say yes or no for each row; it is an aggregate")
         keep = keep.fill_null(False)
@@ -206,6 +209,8 @@ def check_where(source: Source, where: str) -> None:
     try:
         names_in(where, source.schema)
         answer = evaluate(source.schema.empty_table(), {"keep": where}).column("keep")
+        blank = [pa.nulls(1, field.type) for field in source.schema]
+        evaluate(pa.Table.from_arrays(blank, source.schema.names), {"keep": where})  # constants that do not convert
     except PlanError as error:
         raise PlanError(f"ingest.where, over {source.file.path}: {error}") from None
     if len(answer) or not pa.types.is_boolean(answer.type):

@@ -174,16 +174,12 @@ class _Pool:
         return plan if plan is not None and plan["number"] == len(self.batches) else None
 
     def begin(self, plan: Mapping[str, Any]) -> None:
-        """Commit a plan; remember what its sources hash to."""
+        """Commit a plan."""
         number = f"{plan['number']:04d}-"
         for name in self.store.names(self.store.folder(self.samples)):
             if name.startswith(number):  # of a batch that was begun, and planned anew
                 self.store.remove(f"{self.store.folder(self.samples)}/{name}")
         self.store.put_json(f"{self.folder}/plan.json", plan)
-        seen = self.store.get_json(f"{self.folder}/seen.json") or {}
-        for plain in plan["sources"]:
-            seen[plain["path"]] = [plain["bytes"], plain["token"], plain["sha256"]]
-        self.store.put_json(f"{self.folder}/seen.json", seen)
 
     def work(self, plan: Mapping[str, Any]) -> str:
         """The folder of a plan's passes; another plan has another one."""
@@ -191,6 +187,10 @@ class _Pool:
 
     def finish(self, plan: Mapping[str, Any], done: Sequence[Mapping[str, Any]]) -> dict[str, int]:
         """Make the batch part of the pool; returns its counts."""
+        seen = self.store.get_json(f"{self.folder}/seen.json") or {}
+        for plain in plan["sources"]:
+            seen[plain["path"]] = [plain["bytes"], plain["token"], plain["sha256"]]
+        self.store.put_json(f"{self.folder}/seen.json", seen)
         counts = total([entry["counts"] for entry in done])
         counts["sources"] = len(done)
         sources = [
