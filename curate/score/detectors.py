@@ -198,38 +198,52 @@ class FacesScorer(DetectorScorer):
         return _as_it_is if own_side else _fitted(faces.YUNET_SIDE), found
 
 
+class TextDensitySettings(WeightsSettings):
+    """`recognize`: read the regions as well, which costs about as much again per dozen of them."""
+
+    recognize: bool = False
+
+
 class TextDensityScorer(DetectorScorer):
     """`text_area`, `text_boxes`, `text_density`, by the detector in the rapidocr wheel or another of PP-OCR (ONNX)."""
 
-    settings_type: ClassVar[type[ScorerSettings]] = WeightsSettings
+    settings_type: ClassVar[type[ScorerSettings]] = TextDensitySettings
 
-    def __init__(self, name: str, settings: WeightsSettings) -> None:
+    def __init__(self, name: str, settings: TextDensitySettings) -> None:
         super().__init__(name, settings)
         self._weights = WeightRef(f"score.{name}.weights", settings.weights) if settings.weights else None
+        self._reads = settings.recognize
 
     @property
     def fields(self) -> tuple[pa.Field, ...]:
-        """Share, count, density."""
-        return (
-            pa.field("text_area", pa.float32()),
-            pa.field("text_boxes", pa.int32()),
-            pa.field("text_density", pa.float32()),
-        )
+        """Share, count, density; with recognition characters and script."""
+        kinds = {"text_area": pa.float32(), "text_boxes": pa.int32(), "text_density": pa.float32()}
+        if self._reads:
+            kinds |= {"text_chars": pa.int32(), "text_script": pa.string()}
+        return tuple(pa.field(name, kind) for name, kind in kinds.items())
 
     def identity(self) -> Mapping[str, Any]:
-        """The detector by content."""
-        return {"weights": sha256_of(self._file()) if self._weights is None else self._weights.sha256}
+        """Detector, and recogniser where it reads, by content."""
+        detector = sha256_of(self._file()) if self._weights is None else self._weights.sha256
+        return {"weights": detector, "recognizer": sha256_of(_recogniser()) if self._reads else None}
 
     def check(self) -> None:
         """Raises WeightsError."""
         self._file()
+        if self._reads:
+            _recogniser()
 
     def open(self, device: Device) -> tuple[Shrink, Detect]:
-        """PP-OCR's detector."""
+        """PP-OCR's detector, and its recogniser on the unshrunk picture."""
         from curate.score.text_density import PYRAMID, TextDetector  # noqa: PLC0415  # ONNX Runtime: on workers only
 
         detector = TextDetector.from_file(self._file(), threads=device.threads, providers=providers(device))
-        return _fitted(PYRAMID[0][0]), detector
+        if not self._reads:
+            return _fitted(PYRAMID[0][0]), detector
+        from curate.score.text_recognition import TextReader  # noqa: PLC0415  # as above
+
+        reader = TextReader.from_file(detector=detector, threads=device.threads, providers=providers(device))
+        return _as_it_is, reader
 
     def _file(self) -> Path:
         if self._weights is not None:
@@ -237,3 +251,10 @@ class TextDensityScorer(DetectorScorer):
         from curate.score.text_density import DETECTOR, wheel_model  # noqa: PLC0415  # its imports cost a plan 0.3 s
 
         return wheel_model(DETECTOR)
+
+
+def _recogniser() -> Path:
+    from curate.score.text_density import wheel_model  # noqa: PLC0415  # as above
+    from curate.score.text_recognition import RECOGNISER  # noqa: PLC0415
+
+    return wheel_model(RECOGNISER)

@@ -25,6 +25,16 @@ ENTRIES: dict[str, dict[str, Any]] = {
     "text_stats": {"scorer": "text_stats"},
     "faces": {"scorer": "faces"},
     "text": {"scorer": "text_density"},
+    "text_read": {"scorer": "text_density", "recognize": True},
+    "text_facts": {"scorer": "text_facts"},
+    "image_facts": {"scorer": "image_facts"},
+    "watermark": {"scorer": "watermark"},
+    "opennsfw2": {"scorer": "opennsfw2"},
+    "text_masked": {"scorer": "clip_text_masked", "model": "ViT-L-14-quickgelu", "pretrained": "openai"},
+    "webssl_light": {"scorer": "vlm_yes_no", "prompt": "webssl_light"},
+    "webssl_heavy": {"scorer": "vlm_yes_no", "prompt": "webssl_heavy"},
+    "sscd": {"scorer": "torchscript_embed", "weights": "sscd-disc-mixup"},
+    "dinov2": {"scorer": "hf_embed", "model": "facebook/dinov2-base"},
 }
 
 

@@ -12,9 +12,11 @@ from pydantic import ValidationError
 from curate.errors import ConfigError
 from curate.score.clip import ClipScorer
 from curate.score.detectors import FacesScorer, GantmanScorer, OpenNsfwScorer, TextDensityScorer, WatermarkScorer
+from curate.score.facts import ImageFactsScorer, TextFactsScorer
 from curate.score.heads import AestheticV1Scorer, AestheticV2Scorer, LaionNsfwScorer
 from curate.score.phash import PhashScorer
 from curate.score.scorer import FeatureScorer, Scorer
+from curate.score.text_mask import TextMaskedScorer
 from curate.score.text_stats import TextStatsScorer
 from curate.score.vision import (
     HfClassifierScorer,
@@ -32,6 +34,9 @@ SCORERS: dict[str, type[Scorer]] = {
     "clip": ClipScorer,
     "phash": PhashScorer,
     "text_stats": TextStatsScorer,
+    "text_facts": TextFactsScorer,
+    "image_facts": ImageFactsScorer,
+    "clip_text_masked": TextMaskedScorer,
     "laion_aesthetic_v2": AestheticV2Scorer,
     "laion_aesthetic_v1": AestheticV1Scorer,
     "laion_nsfw": LaionNsfwScorer,
