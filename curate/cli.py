@@ -17,8 +17,9 @@ from rich.table import Table
 from curate.catalog import find_sample, locate_sample, open_catalog
 from curate.config import Recipe, load_recipe, parse_recipe
 from curate.engine.job import PLAN, Job, unpack_spec
-from curate.errors import ConfigError, CurateError, PlanError
-from curate.report.funnel import funnel
+from curate.errors import ConfigError, CurateError, PlanError, WeightsError
+from curate.metrics import Ticker, progress
+from curate.report.terminal import print_funnel, print_plan, print_release, print_sample, shown
 from curate.rows import SAMPLES
 from curate.schema import TableSpec
 from curate.store import Store
@@ -35,7 +36,7 @@ app = typer.Typer(
 weights_app = typer.Typer(no_args_is_help=True, help="Model files: what is needed, from where, under which licence.")
 app.add_typer(weights_app, name="weights")
 
-out = Console()
+out = Console(width=None if sys.stdout.isatty() else 160)  # a log has no width of its own
 RecipeFile = Annotated[Path, typer.Argument(help="Recipe file, e.g. configs/demo.yaml", show_default=False)]
 Overrides = Annotated[
     list[str] | None,
@@ -90,7 +91,7 @@ def plan(recipe: RecipeFile, overrides: Overrides = None) -> None:
     """
     settings = _recipe(recipe, overrides, "inline")
     job = _go(settings, dry=True)
-    out.print(_plan_table(job))
+    print_plan(out, job)
     for name, cause in job.set_aside.items():
         out.print(f"set aside: {name}: {cause}", markup=False)
 
@@ -106,7 +107,7 @@ def status(where: Annotated[str, typer.Argument(help="Recipe file or root of a r
         done = store.done(spec)
         table.add_row(spec.name, spec.fingerprint, f"{len(done & set(shards)):,}", f"{len(shards):,}")
     out.print(table)
-    _print_funnel(store, tables, shards)
+    print_funnel(out, store, tables, shards)
     for name, cause in note["set_aside"].items():
         out.print(f"set aside: {name}: {cause}", markup=False)
     latest = _latest(store)
@@ -131,7 +132,7 @@ def explain(
             raise PlanError(f"no sample with key or URL {sample!r} under {store.root}")
         for key in keys:
             shard, row = locate_sample(store, connection, tables[0], key)
-            _print_sample(store, tables, shard, row)
+            print_sample(out, store, tables, shard, row)
             for verdict in explain_row(store, tables, recipe.subsets, shard, row):
                 out.print(verdict, markup=False, soft_wrap=True)
 
@@ -199,6 +200,81 @@ def verify(
 
 @app.command()
 @guarded
+def score(
+    paths: Annotated[list[Path], typer.Argument(help="Folders (searched for images) and files.")],
+    with_: Annotated[str, typer.Option("--with", help="Scorers or columns, e.g. text_density,num_faces,image_phash.")],
+    captions: Annotated[Path | None, typer.Option(help="CSV, TSV or Parquet with columns file and caption.")] = None,
+    out_file: Annotated[Path | None, typer.Option("--out", help="scores.parquet or .csv; else printed.")] = None,
+    recipe: Annotated[Path | None, typer.Option(help="Take entries from this recipe's `score:` section too.")] = None,
+) -> None:
+    """Score a folder of images, without a pool: one row a file, with a status. The quickest way to try a scorer.
+
+    Example: `curate score photos/ --with text_density,num_faces --out scores.parquet`
+    """
+    from curate.score.folder import score_folder  # noqa: PLC0415  # loads torch
+
+    own = load_recipe(recipe).score if recipe is not None else None
+    names = [word.strip() for word in with_.split(",") if word.strip()]
+    scored = score_folder(paths, names, captions, out_file, own)
+    if scored.table is not None:
+        table = Table(*scored.table.column_names)
+        for row in scored.table.to_pylist():
+            table.add_row(*(shown(value) for value in row.values()))
+        out.print(table)
+    statuses = ", ".join(f"{name} {count:,}" for name, count in scored.statuses.items())
+    out.print(f"{scored.rows:,} files: {statuses}" + (f"; wrote {out_file}" if out_file else ""), markup=False)
+    for reason, count in scored.reasons.items():
+        out.print(f"  {count:,} × {reason}", markup=False)
+
+
+@weights_app.command("ls")
+@guarded
+def weights_ls() -> None:
+    """Every model file that a scorer can ask for: licence, size, source, and where it is on this machine."""
+    from curate.score import weights  # noqa: PLC0415  # only here
+
+    table = Table("name", "licence", "size", "here", "source")
+    for held in weights.ls():
+        size = f"{held.weight.size_bytes / 1e6:,.1f} MB" if held.weight.size_bytes else "?"
+        table.add_row(held.weight.name, held.weight.licence, size, str(held.path or "no"), held.weight.source)
+    out.print(table)
+
+
+@weights_app.command("pull")
+@guarded
+def weights_pull(names: Annotated[list[str], typer.Argument(help="Names as `curate weights ls` shows them.")]) -> None:
+    """Download model files, going on where an earlier pull stopped; sha256 is verified."""
+    from curate.score import weights  # noqa: PLC0415  # only here
+
+    for name in names:
+        with progress(f"pull {name} (kB)", (weights.named(name).size_bytes or 0) // 1024) as ticker:
+            seen = [0]
+
+            def tell(done: int, _: int | None, seen: list[int] = seen, ticker: Ticker = ticker) -> None:
+                ticker.advance((done - seen[0]) // 1024)
+                seen[0] = done
+
+            (path,) = weights.pull([name], tell)
+        out.print(f"{name}: {path}", markup=False, soft_wrap=True)
+
+
+@weights_app.command("check")
+@guarded
+def weights_check(
+    names: Annotated[list[str] | None, typer.Argument(help="Names; all when none is given.")] = None,
+) -> None:
+    """Say of each model file whether it is here and is what was published. Exit code 2 when a named one is not."""
+    from curate.score import weights  # noqa: PLC0415  # only here
+
+    states = weights.check(names or [])
+    for weight, state in states:
+        out.print(f"{weight.name}: {state}", markup=False)
+    if names and any(state != "ok" for _, state in states):
+        raise WeightsError("not all are here; `curate weights pull NAME` gets them")
+
+
+@app.command()
+@guarded
 def demo(
     root: Annotated[Path, typer.Option(help="Where the demo's web and run are kept.")] = Path("out/demo"),
     engine: EngineName = None,
@@ -218,10 +294,12 @@ def execute(recipe: Recipe, retry: set[str] | None = None) -> Job:
     _go(recipe, dry=True)
     job = _go(recipe, retry=retry or set())
     tables = list(job.tables.values())
-    _print_funnel(job.store, tables, [shard.name for shard in job.store.shards(tables[0])])
+    print_funnel(out, job.store, tables, [shard.name for shard in job.store.shards(tables[0])])
     for name, cause in job.set_aside.items():
         out.print(f"set aside: {name}: {cause}", markup=False, soft_wrap=True)
-    _print_release(job)
+    latest = _latest(job.store)
+    if latest is not None:
+        print_release(out, job.store, latest)
     return job
 
 
@@ -287,50 +365,6 @@ def _release_of(release: str) -> tuple[str, str]:
     if latest is None:
         raise PlanError(f"{release}: no release here; expected <root>/releases/<name> or a root that has one")
     return trimmed, latest
-
-
-def _plan_table(job: Job) -> Table:
-    table = Table("step", "writes", "fingerprint", "to do", "of", title=f"{job.recipe.pipeline} → {job.store.root}")
-    for record in job.records:
-        prints = "\n".join(job.tables[name].fingerprint for name in record.tables)
-        table.add_row(record.name, "\n".join(record.tables), prints, f"{record.todo:,}", f"{record.of:,}")
-    return table
-
-
-def _print_funnel(store: Store, tables: list[TableSpec], shards: list[str]) -> None:
-    table = Table("funnel", "rows", show_edge=False)
-    table.columns[1].justify = "right"
-    for line in funnel(store, tables, shards):
-        table.add_row(escape("  " * line.depth + line.label), f"{line.rows:,}")
-    out.print(table)
-
-
-def _print_release(job: Job) -> None:
-    latest = _latest(job.store)
-    if latest is None:
-        return
-    url = job.store.url(f"releases/{latest}")
-    out.print(f"release: {url}", markup=False, soft_wrap=True)
-    release = job.store.get_json(f"releases/{latest}/release.json")
-    for name, facts in release["subsets"].items():
-        tars = facts["tars"]
-        span = f"{{00000..{tars - 1:05d}}}.tar" if tars > 1 else "00000.tar"
-        out.print(f"  {name}: {facts['samples']:,} samples in {tars:,} tars", markup=False)
-        if tars:
-            out.print(f"    webdataset.WebDataset('{url}/{name}/{span}')", markup=False, soft_wrap=True)
-
-
-def _print_sample(store: Store, tables: list[TableSpec], shard: str, row: int) -> None:
-    table = Table("table", "column", "value", title=f"{shard}, row {row}", show_lines=False)
-    for spec in tables:
-        if not store.has(spec, shard):
-            table.add_row(spec.name, "", "not computed yet")
-            continue
-        values = store.read(spec, shard).slice(row, 1).to_pylist()[0]
-        for name, value in values.items():
-            shown = f"{len(value)} numbers" if isinstance(value, list) and len(value) > 16 else str(value)
-            table.add_row(spec.name, name, escape(shown[:300]))
-    out.print(table)
 
 
 @contextmanager
