@@ -90,7 +90,7 @@ def spanning_forest(pairs: IntArray, weight: npt.NDArray[np.uint8] | npt.NDArray
     folded away chunk by chunk without changing the end.
 
     Args:
-        pairs: int64[M, 2], i < j, no pair twice.
+        pairs: int64[M, 2], i < j; of a pair that comes twice the lighter one counts.
         weight: [M], lower is preferred.
 
     Returns:
@@ -101,6 +101,8 @@ def spanning_forest(pairs: IntArray, weight: npt.NDArray[np.uint8] | npt.NDArray
     order = np.lexsort((pairs[:, 1], pairs[:, 0], weight))
     nodes, flat = np.unique(pairs[order], return_inverse=True)
     ends = flat.reshape(-1, 2)
+    lightest = np.sort(np.unique(ends[:, 0] * len(nodes) + ends[:, 1], return_index=True)[1])
+    order, ends = order[lightest], ends[lightest]
     rank = np.arange(1, len(order) + 1, dtype=np.float64)  # exact to 2^53; 0 would mean "no edge" to scipy
     graph = coo_array((rank, (ends[:, 0], ends[:, 1])), shape=(len(nodes), len(nodes))).tocsr()
     chosen = minimum_spanning_tree(graph).data.astype(np.int64) - 1
@@ -122,11 +124,12 @@ def _components(edges: IdArray) -> tuple[IdArray, IntArray]:
     count, label = connected_components(graph, directed=False)
     lowest = np.full(count, len(nodes), np.int64)
     np.minimum.at(lowest, label, np.arange(len(nodes)))
-    return nodes, lowest[label]
+    return nodes, lowest[label]  # type: ignore[return-value]
 
 
 def _star(chunks: list[IdArray]) -> IdArray:
     if not chunks:
         return np.empty((0, 2), np.int64)
     nodes, root = _components(np.concatenate(chunks))  # type: ignore[arg-type]
-    return np.stack([nodes, nodes[root]], axis=1)
+    star: IdArray = np.stack([nodes, nodes[root]], axis=1)  # type: ignore[assignment]
+    return star

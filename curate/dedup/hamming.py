@@ -1,7 +1,7 @@
 """All pairs of 64-bit hashes within a Hamming radius: exact, in memory that is bounded and stated.
 
-Block permutation (Manku, Jain, Das Sarma, WWW 2007): per table of `hamming_tables`, sort the permuted hashes and compare
-the neighbours that share the table's key. Three things keep it near-linear on what the web holds:
+Block permutation (Manku, Jain, Das Sarma, WWW 2007): per table of `hamming_tables`, sort the permuted hashes and
+compare the neighbours that share the table's key. Three things keep it near-linear on what the web holds:
 
 - equal hashes (blank images, placeholders) are folded into one before anything is compared;
 - a long run of different hashes with one key (near-blank images) is planned again by itself, from its own bits;

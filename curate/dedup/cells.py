@@ -1,0 +1,315 @@
+"""Near-duplicates among more vectors than one block holds: k-means cells, each vector in its nearest few.
+
+Two vectors are compared where they share a cell, exactly (`cosine`). A pair whose vectors share none is missed, so
+recall is measured, not assumed: `measure_recall` compares a sample of rows with all. On vectors without any cluster
+structure (Gaussian, d = 512, 512 cells), pairs at cosine 0.9 share one of their 6 nearest cells in 99.65 % of cases,
+one of 4 in 96.1 %; comparing only a vector's own cell with the other's 6 finds 93.2 % (simulated).
+
+A pair is reported by the lowest-numbered cell that both share: cells can be worked anywhere, in any order, and their
+pairs concatenated. It holds one cell at a time and refuses to guess a threshold.
+"""
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+from itertools import pairwise
+
+import faiss
+import numpy as np
+import numpy.typing as npt
+import torch
+
+from curate.dedup.components import spanning_forest
+from curate.dedup.cosine import cross_above, edges_above, first_equal, nearest_above, pairs_above
+from curate.dedup.cosine_block import Block, FloatArray, IntArray, VectorArray
+from curate.errors import PlanError
+
+CellArray = npt.NDArray[np.int32]
+
+PROBES = 6
+ROWS_PER_CELL = 12_000  # visitors included; of 6 000 … 24 000 the least time at 1 M x 512 in bench_dedup's sizes
+SAMPLE_PER_CELL = 128  # training rows; faiss warns below 39
+SPLIT_ABOVE = 4  # a cell that would hold this many times ROWS_PER_CELL is split
+SPLIT_ROUNDS = 3
+
+
+@dataclass(frozen=True)
+class Recall:
+    """How many of the true pairs of a sample of rows were found.
+
+    Attributes:
+        rows: sampled rows, each compared with all.
+        true: pairs that reach the threshold and have a sampled row.
+        found: those of them that the search reported.
+    """
+
+    rows: int
+    true: int
+    found: int
+
+    @property
+    def rate(self) -> float:
+        """found / true; 1 where the sample has no pair."""
+        return self.found / self.true if self.true else 1.0
+
+    @property
+    def lower(self) -> float:
+        """Lower end of the 95 % Wilson interval of the rate; 0 where the sample has no pair."""
+        if not self.true:
+            return 0.0
+        z2 = 1.96**2
+        spread = np.sqrt(self.rate * (1 - self.rate) / self.true + z2 / (4 * self.true**2))
+        return float((self.rate + z2 / (2 * self.true) - 1.96 * spread) / (1 + z2 / self.true))
+
+
+def train_cells(
+    sample: VectorArray, n: int, *,
+    probes: int = PROBES, rows_per_cell: int = ROWS_PER_CELL, seed: int = 0, iterations: int = 10,
+) -> FloatArray:  # fmt: skip
+    """Place the cells by spherical k-means on a sample, and split those that would hold too many rows.
+
+    Args:
+        sample: float16 or float32 [S, d]; at least a few dozen rows per cell are useful.
+        n: rows of the corpus.
+        probes: cells that each row enters.
+        rows_per_cell: rows that a cell should hold, visitors included; more than four times as many are split,
+            as far as the sample can tell them apart.
+        seed: of the k-means.
+        iterations: of Lloyd's algorithm.
+
+    Returns:
+        float32[K, d], unit length; K = 1 where one cell holds all.
+
+    Raises:
+        PlanError: wrong dtype or shape, or no usable vector in the sample.
+    """
+    block = Block(sample, 0.0, None, cut=False)
+    unit = np.ascontiguousarray(block.heads.cpu().numpy())
+    if not len(unit):
+        raise PlanError("train_cells: the sample has no finite, non-zero vector")
+    count = min(len(unit), max(1, round(n * probes / rows_per_cell)))
+    if n <= rows_per_cell or count == 1:
+        mean = unit.mean(axis=0, keepdims=True)
+        return np.asarray(mean / max(float(np.linalg.norm(mean)), 1e-12), np.float32)
+    centres = _k_means(unit, count, seed, iterations)
+    for _ in range(SPLIT_ROUNDS):
+        cells = assign_cells(unit, centres, probes)[0]
+        rows = np.bincount(cells.ravel(), minlength=len(centres)) * (n / len(unit))
+        large = np.flatnonzero(rows > SPLIT_ABOVE * rows_per_cell)
+        if not len(large):
+            break
+        kept = [np.delete(centres, large, axis=0)]
+        for cell in large:
+            members = unit[(cells == cell).any(axis=1)]
+            kept.append(_k_means(members, min(len(members), int(-(-rows[cell] // rows_per_cell))), seed, iterations))
+        centres = np.concatenate(kept)
+    return centres
+
+
+def assign_cells(
+    vectors: VectorArray, centres: FloatArray, probes: int = PROBES, *, device: str | None = None
+) -> tuple[CellArray, FloatArray]:
+    """Find each vector's nearest cells.
+
+    Args:
+        vectors: float16 or float32 [N, d].
+        centres: float32[K, d], unit length.
+        probes: cells a vector enters, at most K.
+        device: torch device.
+
+    Returns:
+        (int32[N, p], float32[N, p]): cells, nearest first, and the cosine to their centres; p = min(probes, K). Rows
+        that match nothing (zero, NaN) get cell -1 throughout.
+
+    Raises:
+        PlanError: wrong dtype or shape.
+    """
+    p = min(probes, len(centres))
+    cells = np.full((len(vectors), p), -1, np.int32)
+    nearness = np.zeros((len(vectors), p), np.float32)
+    for start in range(0, len(vectors), 1 << 14):
+        block = Block(vectors[start : start + (1 << 14)], 0.0, device, cut=False)
+        product = block.heads @ torch.from_numpy(centres).to(block.device).T
+        near, which = product.topk(p, dim=1)
+        cells[start + block.rows] = which.int().cpu().numpy()
+        nearness[start + block.rows] = near.cpu().numpy()
+    return cells, nearness
+
+
+def pairs_in_cell(
+    vectors: VectorArray, cells: CellArray, cell: int, threshold: float, *,
+    device: str | None = None, memory_gb: float = 4.0,
+) -> tuple[IntArray, FloatArray]:  # fmt: skip
+    """Find one cell's share of the pairs, from all rows that entered it.
+
+    Args:
+        vectors: float16 or float32 [n, d], the rows that entered the cell.
+        cells: int32[n, p], the cells that each of them entered.
+        cell: which cell this is.
+        threshold: inclusive cosine.
+        device: torch device.
+        memory_gb: as in `pairs_above`.
+
+    Returns:
+        (int64[M, 2], float32[M]): as `pairs_above`, of those pairs whose lowest common cell this is.
+    """
+    pairs, cosine = pairs_above(vectors, threshold, device=device, memory_gb=memory_gb)
+    mine = lowest_common(cells[pairs[:, 0]], cells[pairs[:, 1]]) == cell
+    return pairs[mine], cosine[mine]
+
+
+def lowest_common(left: CellArray, right: CellArray) -> CellArray:
+    """Return, per pair of rows, the lowest cell that both entered; the largest int32 where there is none."""
+    none = np.iinfo(np.int32).max
+    lowest = np.full(len(left), none, np.int32)
+    for column in range(left.shape[1]):
+        shared = (right == left[:, column, None]).any(axis=1) & (left[:, column] >= 0)
+        np.minimum(lowest, np.where(shared, left[:, column], none), out=lowest)
+    return lowest
+
+
+def pairs_over_cells(
+    vectors: VectorArray, centres: FloatArray, threshold: float, *,
+    probes: int = PROBES, device: str | None = None, memory_gb: float = 4.0,
+) -> tuple[IntArray, FloatArray]:  # fmt: skip
+    """Find the pairs that share a cell, cell after cell; with one cell, all pairs.
+
+    Args:
+        vectors: float16 or float32 [N, d]; a memory map will do.
+        centres: float32[K, d], from `train_cells`.
+        threshold: inclusive cosine.
+        probes: cells that each row enters.
+        device: torch device.
+        memory_gb: what the list of pairs may take.
+
+    Returns:
+        (int64[M, 2], float32[M]): rows i < j, ascending, each pair once, and their cosine.
+
+    Raises:
+        PlanError: wrong dtype or shape, or more pairs than `memory_gb` holds.
+    """
+    cells, _ = assign_cells(vectors, centres, probes, device=device)
+    found: list[tuple[IntArray, FloatArray]] = []
+    left_gb = memory_gb
+    for cell, rows in _rows_of(cells):
+        pairs, cosine = pairs_in_cell(
+            vectors[rows], cells[rows], cell, threshold, device=device, memory_gb=max(left_gb, 0.0)
+        )
+        found.append((rows[pairs], cosine))
+        left_gb -= len(pairs) * 64e-9
+    return _ascending(found)
+
+
+def edges_over_cells(
+    vectors: VectorArray, centres: FloatArray, threshold: float, *, probes: int = PROBES, device: str | None = None
+) -> tuple[IntArray, FloatArray]:
+    """Find at most N - 1 edges with the components of `pairs_over_cells`, however many pairs there are.
+
+    Rows of equal bytes hang on their first one before any cell is filled, so that a placeholder image that is half of
+    the corpus enters its cells once.
+
+    Args and Raises: as in `pairs_over_cells`.
+
+    Returns:
+        (int64[M, 2], float32[M]): true pairs i < j, ascending, and their cosine.
+    """
+    first = first_equal(vectors)
+    alone = np.flatnonzero(first == np.arange(len(first)))
+    copies = np.flatnonzero(first != np.arange(len(first)))
+    equal = np.ones(len(copies), np.float32)
+    usable = assign_cells(vectors[copies], centres, 1, device=device)[0][:, 0] >= 0
+    found = [(np.stack([first[copies], copies], axis=1)[usable], equal[usable])]
+    cells, _ = assign_cells(vectors[alone], centres, probes, device=device)
+    for _, rows in _rows_of(cells):
+        pairs, cosine = edges_above(vectors[alone[rows]], threshold, device=device)
+        found.append((alone[rows][pairs], cosine))
+    pairs, cosine = _ascending(found)
+    kept = spanning_forest(pairs, -cosine)
+    return pairs[kept], cosine[kept]
+
+
+def nearest_over_cells(
+    vectors: VectorArray, centres: FloatArray, threshold: float, neighbours: int, *,
+    probes: int = PROBES, device: str | None = None,
+) -> tuple[IntArray, FloatArray]:  # fmt: skip
+    """Find the edges of `cosine.nearest_above` among rows that share a cell (DINOv2: 64 neighbours above 0.6).
+
+    Args and Raises: as in `pairs_over_cells`; `threshold` is exclusive.
+
+    Returns:
+        (int64[M, 2], float32[M]): rows i < j, ascending, at most N · neighbours, and their cosine.
+    """
+    cells, _ = assign_cells(vectors, centres, probes, device=device)
+    found = []
+    for _, rows in _rows_of(cells):
+        pairs, cosine = nearest_above(vectors[rows], threshold, neighbours, device=device)
+        found.append((rows[pairs], cosine))
+    pairs, cosine = _ascending(found)
+    kept = _nearest(pairs, cosine, neighbours)
+    return pairs[kept], cosine[kept]
+
+
+def measure_recall(
+    vectors: VectorArray, threshold: float, pairs: IntArray, *,
+    rows: int = 2_048, seed: int = 0, device: str | None = None,
+) -> Recall:  # fmt: skip
+    """Compare a random sample of rows with all rows, and count which true pairs are among `pairs`.
+
+    Args:
+        vectors: float16 or float32 [N, d].
+        threshold: inclusive cosine.
+        pairs: int64[M, 2], i < j, what a search found.
+        rows: sample size.
+        seed: of the sample.
+        device: torch device.
+
+    Returns:
+        The counts; a pair with both rows sampled counts once.
+    """
+    n = len(vectors)
+    chosen = np.sort(np.random.default_rng(seed).choice(n, min(rows, n), replace=False))
+    hits, _ = cross_above(vectors[chosen], vectors, threshold, device=device)
+    i, j = chosen[hits[:, 0]], hits[:, 1]
+    truth = np.unique((np.minimum(i, j) * n + np.maximum(i, j))[i != j])
+    return Recall(len(chosen), len(truth), int(np.isin(truth, pairs[:, 0] * n + pairs[:, 1]).sum()))
+
+
+def _k_means(unit: FloatArray, count: int, seed: int, iterations: int) -> FloatArray:
+    means = faiss.Kmeans(
+        unit.shape[1], count, niter=iterations, seed=seed, spherical=True,
+        gpu=getattr(faiss, "get_num_gpus", int)() > 0,
+        min_points_per_centroid=1, max_points_per_centroid=SAMPLE_PER_CELL,
+    )  # fmt: skip
+    means.train(unit)
+    return np.asarray(means.centroids, np.float32).reshape(-1, unit.shape[1])
+
+
+def _rows_of(cells: CellArray) -> Iterator[tuple[int, IntArray]]:
+    """Yield each cell and the rows that entered it, both ascending."""
+    flat = cells.ravel()
+    order = np.argsort(flat, kind="stable")
+    edges = np.flatnonzero(np.r_[True, np.diff(flat[order]) != 0, True]) if len(flat) else np.zeros(1, np.int64)
+    for start, stop in pairwise(edges):
+        if (cell := int(flat[order[start]])) >= 0:
+            yield cell, order[start:stop] // cells.shape[1]
+
+
+def _ascending(found: list[tuple[IntArray, FloatArray]]) -> tuple[IntArray, FloatArray]:
+    """Concatenate, sort, and drop repeats."""
+    pairs = np.concatenate([np.empty((0, 2), np.int64), *[part[0] for part in found]])
+    cosine = np.concatenate([np.empty(0, np.float32), *[part[1] for part in found]])
+    order = np.lexsort((pairs[:, 1], pairs[:, 0]))
+    pairs, cosine = pairs[order], cosine[order]
+    new = np.r_[True, (pairs[1:] != pairs[:-1]).any(axis=1)][: len(pairs)]
+    return pairs[new], cosine[new]
+
+
+def _nearest(pairs: IntArray, cosine: FloatArray, neighbours: int) -> npt.NDArray[np.bool_]:
+    """Tell which pairs are among the nearest `neighbours` of either end; equal cosines rank by the lower row."""
+    ends = np.concatenate([pairs, pairs[:, ::-1]])
+    order = np.lexsort((ends[:, 1], -np.tile(cosine, 2), ends[:, 0]))
+    rows = ends[order, 0]
+    start = np.flatnonzero(np.r_[True, rows[1:] != rows[:-1]][: len(rows)])
+    place = np.arange(len(rows)) - np.repeat(start, np.diff(np.r_[start, len(rows)]))
+    kept = np.zeros(len(pairs), np.bool_)
+    kept[order[place < neighbours] % max(1, len(pairs))] = True
+    return kept
