@@ -107,7 +107,7 @@ class BlockList:
                 return f"{kind} of the URL"
         return None
 
-    def refuses_bytes(self, data: bytes) -> str | None:
+    def refuses_bytes(self, data: bytes | bytearray) -> str | None:
         """Why bytes as served are not kept."""
         for kind, prefixes in self.digests.items():
             if _holds(prefixes, hashlib.new(kind, data, usedforsecurity=False).digest()):

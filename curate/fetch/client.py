@@ -163,22 +163,19 @@ class Client:
             raise Refusal("too_large", f"{announced} bytes announced; {cap} allowed")
         inflate = _inflater(response.headers.get("Content-Encoding"))
         loop = asyncio.get_running_loop()
-        start, received, kept = loop.time(), 0, 0
-        chunks: list[bytes] = []
+        start, received = loop.time(), 0
+        data = bytearray()
         permit = False
         try:
             while chunk := await response.content.readany():
                 received += len(chunk)
-                if inflate is not None:
-                    chunk = _inflate(inflate, chunk, cap + 1 - kept)
-                kept += len(chunk)
-                if max(received, kept) > cap:
+                data += chunk if inflate is None else _inflate(inflate, chunk, cap + 1 - len(data))
+                if max(received, len(data)) > cap:
                     raise Refusal("too_large", f"more than {cap} bytes")
                 elapsed = loop.time() - start
                 if elapsed > GRACE_S and received < self._settings.min_rate_bytes_s * elapsed:
                     raise Refusal("too_slow", f"{received / elapsed:.0f} bytes/s")
-                chunks.append(chunk)
-                if kept > LARGE_BYTES and not permit:
+                if len(data) > LARGE_BYTES and not permit:
                     waited = loop.time()
                     deadline = clock.when()
                     clock.reschedule(None)
@@ -190,9 +187,9 @@ class Client:
                 self._large.release()
         if inflate is not None and not inflate.eof:
             raise Refusal("decode_error", "compressed body ends early")
-        if not kept:
+        if not data:
             raise Refusal("empty", "no bytes in the body")
-        return Body("ok", None, chunks[0] if len(chunks) == 1 else b"".join(chunks))
+        return Body("ok", None, data)
 
     # ---- robots.txt --------------------------------------------------------------------------------------------
 

@@ -72,7 +72,7 @@ class Robots:
         return None if best is None or best.allow else f"Disallow: {best.pattern}"
 
 
-def parse_robots(data: bytes) -> Robots:
+def parse_robots(data: bytes | bytearray) -> Robots:
     """robots.txt to the rules for our agents, or for `*` where no group names us (RFC 9309 2.2).
 
     All groups that name one of us are joined. Malformed lines are skipped, as the RFC asks.

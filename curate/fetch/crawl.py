@@ -22,6 +22,7 @@ BACKOFF_S = 0.5  # doubled with every try
 LONGEST_WAIT_S = 30.0  # a server that asks for more (Retry-After) is left for `--retry`
 FAILURES_AT_FIRST = 2  # in a row, of a host that has never answered
 FAILURES_LATER = 8  # in a row, of one that has
+BODIES_WAITING = 64  # for a decoder; beyond, nothing new is asked for: memory, and what a kill loses, stay small
 _UNREACHED = frozenset({"timeout", "dns", "connect", "tls"})
 
 Finish = Callable[[int, Body], Awaitable[None]]
@@ -62,6 +63,8 @@ class Crawl:
         self._ready: asyncio.Queue[_Host | None] = asyncio.Queue()
         self._open = 0
         self._workers = 0
+        self._finishing = 0
+        self._eased = asyncio.Condition()
 
     async def run(self, urls: Sequence[tuple[int, str | None]]) -> None:
         """Fetch all (number, URL). Raises what `finish` raises; nothing else."""
@@ -109,7 +112,12 @@ class Crawl:
             self._ready.put_nowait(host)
 
     async def _work(self) -> None:
-        while (host := await self._ready.get()) is not None:
+        while True:
+            async with self._eased:
+                await self._eased.wait_for(lambda: self._finishing < BODIES_WAITING)
+            host = await self._ready.get()
+            if host is None:
+                return
             host.tokens -= 1
             if host.resume_at > asyncio.get_running_loop().time():
                 self._feed(host)
@@ -179,8 +187,12 @@ class Crawl:
         return True
 
     async def _end(self, job: _Job, body: Body) -> None:
+        self._finishing += 1
         await self._finish(job.number, body)
+        self._finishing -= 1
         self._open -= 1
+        async with self._eased:
+            self._eased.notify(1 if self._open else self._workers)
         if self._open == 0:
             for _ in range(self._workers):
                 self._ready.put_nowait(None)

@@ -53,7 +53,7 @@ class _Process:
                 pass_fds=descriptors, stdin=subprocess.DEVNULL, env=environment,
             )  # fmt: skip
 
-    async def ask(self, body: bytes) -> Picture:
+    async def ask(self, body: bytes | bytearray) -> Picture:
         """Hand over one body, wait for its picture. Raises ConnectionError when the process is gone."""
         loop = asyncio.get_running_loop()
         self.memory[: len(body)] = body
@@ -108,14 +108,14 @@ class DecoderPool:
         for process in list(self._all):
             self._end(process)
 
-    async def process(self, body: bytes) -> Picture:
+    async def process(self, body: bytes | bytearray) -> Picture:
         """The picture of a body, computed in one of the processes. Raises StageError when none can be started."""
         picture = await self._try(body)
         if picture.status == "decode_crash" and "longer than" not in (picture.error or ""):
             picture = await self._try(body)
         return picture
 
-    async def _try(self, body: bytes) -> Picture:
+    async def _try(self, body: bytes | bytearray) -> Picture:
         process = await self._idle.get()
         keep: _Process | None = None
         try:

@@ -152,7 +152,7 @@ def _normal(expected: str | None) -> str | None:
     return expected.strip().lower() if expected and expected.strip() else None
 
 
-def _has_digest(data: bytes, expected: str) -> bool:
+def _has_digest(data: bytes | bytearray, expected: str) -> bool:
     kind = _HASH_OF_DIGITS.get(len(expected))
     return kind is not None and hashlib.new(kind, data, usedforsecurity=False).hexdigest() == expected
 

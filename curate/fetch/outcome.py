@@ -31,7 +31,7 @@ class Body:
 
     status: Status
     error: str | None = None
-    data: bytes = b""
+    data: bytes | bytearray = b""
 
 
 @dataclass(frozen=True)
