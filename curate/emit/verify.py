@@ -31,8 +31,8 @@ class Report:
     differences: list[str] = field(default_factory=list)
 
     def __str__(self) -> str:
-        size = f"{self.bytes / 1e6:,.1f} MB"
-        return f"{self.samples:,} samples in {self.tars:,} tars of {self.subsets} subsets ({size}): all as the manifest says"
+        where = f"{self.tars:,} tars of {self.subsets} subsets ({self.bytes / 1e6:,.1f} MB)"
+        return f"{self.samples:,} samples in {where}: all as the manifest says"
 
     __rich__ = __str__
 

@@ -1,4 +1,4 @@
-"""A small pool as fetch and score leave it: real JPEG and PNG bytes in tars, scores with nulls, failures among the rows."""
+"""A small pool as fetch and score leave it: JPEG and PNG bytes in tars, scores with nulls, failures among the rows."""
 
 import io
 import random
@@ -74,8 +74,8 @@ def make_pool(store: Store, shards: int = 6, rows: int = 60, seed: int = 3, imag
         for spec, facts in ((IMAGES, images), (SCORES, scores), (EMBEDDINGS, vectors)):
             store.write(spec, shard, pa.Table.from_pylist(facts, schema=spec.schema), SAMPLES)
         pool.append(shard)
-    store.add_batch(SAMPLES, 0, {"shards": [{"name": s.name, "rows": s.rows} for s in pool], "sources": ["urls.parquet"],
-                                 "counts": {"rows_in": shards * rows}})  # fmt: skip
+    names = [{"name": shard.name, "rows": shard.rows} for shard in pool]
+    store.add_batch(SAMPLES, 0, {"shards": names, "sources": ["urls.parquet"], "counts": {"rows_in": shards * rows}})
     return pool
 
 
