@@ -96,7 +96,7 @@ def _match(entry: str, key: str) -> tuple[fsspec.AbstractFileSystem, list[dict[s
             found = {path: fs.info(path)}
     except FileNotFoundError:
         raise SourceError(f"{key}: {entry}: there is no such file") from None
-    except (OSError, ValueError, ImportError) as error:
+    except Exception as error:  # each kind of storage has its own: botocore's, Hugging Face's, httpx's
         raise SourceError(f"{key}: {entry}: cannot be listed: {type(error).__name__}: {error}") from error
     files = [{**info, "name": name} for name, info in sorted(found.items()) if info["type"] == "file"]
     return fs, [file for file in files if not file["name"].rsplit("/", 1)[-1].startswith((".", "_"))]

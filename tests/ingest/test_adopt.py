@@ -77,7 +77,7 @@ def _run(store: Store, stage: Stage, samples: TableSpec) -> list[dict[str, Any]]
 
 
 def test_a_pool_is_indexed_with_its_failures_and_no_byte_copied(tmp_path: Path) -> None:
-    """Guards against a pool that must be downloaded or copied again, and against failures that vanish from the counts."""
+    """Guards against a pool that must be downloaded or copied again, and against failures that vanish."""
     images = _img2dataset_pool(tmp_path / "pool")
     before = tree(tmp_path / "pool")
     store = Store(str(tmp_path / "root"))
@@ -114,7 +114,7 @@ def test_a_pool_that_grows_is_taken_up(tmp_path: Path) -> None:
 
 
 def test_tars_alone(tmp_path: Path) -> None:
-    """Guards against a pool without tables: captions and URLs are then in the tar, and a sample without URL has a name."""
+    """Guards against a pool without tables: captions and URLs are then in the tar."""
     images = _img2dataset_pool(tmp_path / "pool", shards=1, sidecar=False)
     plain = _jpeg(40)
     _tar(tmp_path / "pool" / "x.tar", [
@@ -195,10 +195,8 @@ def test_features_follow_their_rows(save: Any, tmp_path: Path) -> None:
     features = {"embeddings_clip_vitl14": "l14_img", "embeddings_clip_vitb32": "b32_txt"}
     settings = IngestSettings(sources=[str(tmp_path / "meta" / "*.parquet")], where="n % 3 <> 0", features=features)
     store = Store(str(tmp_path / "root"))
-    assert (
-        adopt_features_stage(settings, store, ingest_spec(settings, store)).tables[0].schema.field(1).type.list_size
-        == 8
-    )
+    planned = adopt_features_stage(settings, store, ingest_spec(settings, store)).tables[0]
+    assert planned.schema.field(1).type.list_size == 8
     samples, _ = ingest(store, settings.sources, where=settings.where, rows_per_shard=17, features=features)
     stage = adopt_features_stage(settings, store, samples)
     assert [spec.schema.names for spec in stage.tables] == [["key", "clip_vitl14_image"], ["key", "clip_vitb32_text"]]
