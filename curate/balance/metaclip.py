@@ -20,8 +20,8 @@ Int64 = npt.NDArray[np.int64]
 UInt64 = npt.NDArray[np.uint64]
 Float64 = npt.NDArray[np.float64]
 
-SPACED = ",.;:?!`"  # set apart by spaces on both sides before matching
-BLANKS = "\t\n\r"  # become a space
+SPACED = (b",", b".", b";", b":", b"?", b"!", b"`")  # set apart by spaces on both sides before matching
+BLANKS = (b"\t", b"\n", b"\r")  # become a space
 # Scripts that write without spaces, for version 2: first and last code point of each range.
 UNSPACED = (
     (0x2E80, 0x2EFF),  # CJK radicals
@@ -84,7 +84,8 @@ class Matcher:
 
     def _pass(self, captions: Sequence[str | None], first: int) -> Int64:
         find = self._automaton.find_matches_as_indexes
-        found = [find(_encoded(spaced(caption)), overlapping=True) if caption else [] for caption in captions]
+        texts = zip(captions, _spaced(captions), strict=True)
+        found = [find(text, overlapping=True) if caption else [] for caption, text in texts]
         number = np.fromiter(map(len, found), np.int64, len(found))
         hits = itertools.chain.from_iterable(itertools.chain.from_iterable(found))
         pattern = np.fromiter(hits, np.int64, 3 * int(number.sum()))[::3]  # of (pattern, start, end)
@@ -104,14 +105,17 @@ class Matcher:
         return table
 
 
-def spaced(caption: str) -> str:
-    """The caption as matching sees it: between spaces, with SPACED characters set apart and BLANKS as spaces."""
-    text = f" {caption} "
+def _spaced(captions: Sequence[str | None]) -> list[bytes]:
+    """The captions as matching sees them, in UTF-8: between spaces, SPACED set apart, BLANKS as spaces; None as "".
+
+    All at once, parted by a byte that UTF-8 never holds: replacing one by one took a tenth of the matching's time.
+    """
+    text = b" " + b" \xff ".join([_encoded(caption or "") for caption in captions]) + b" "
     for mark in SPACED:
-        text = text.replace(mark, f" {mark} ")
+        text = text.replace(mark, b" " + mark + b" ")
     for blank in BLANKS:
-        text = text.replace(blank, " ")
-    return text
+        text = text.replace(blank, b" ")
+    return text.split(b"\xff")
 
 
 def _pattern(entry: str, version: int) -> str:
