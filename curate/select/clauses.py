@@ -9,6 +9,7 @@ import difflib
 import json
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from functools import cache
 from typing import Any
 
 import duckdb
@@ -35,7 +36,7 @@ def split_where(where: str, columns: Mapping[str, Column], place: str) -> tuple[
 
     `place` starts the text of errors, e.g. `subsets.light.where`. Raises PlanError.
     """
-    with connect() as connection:
+    with _connection() as connection:
         tree = _parsed(connection, where, place)
         clauses = []
         for node in _conjuncts(_expression(tree)):
@@ -47,7 +48,7 @@ def split_where(where: str, columns: Mapping[str, Column], place: str) -> tuple[
 
 def parse_score(by: str, columns: Mapping[str, Column], place: str) -> Clause:
     """The numeric expression of a `keep_top`. Raises PlanError."""
-    with connect() as connection:
+    with _connection() as connection:
         tree = _parsed(connection, by, place)
         node = _expression(tree)
         sql = _written(connection, tree, node)
@@ -65,7 +66,7 @@ def evaluate_clauses(table: pa.Table, conditions: Sequence[str], scores: Sequenc
     if not chosen:
         return pa.table({})
     listed = ", ".join(f'{sql} AS "{number}"' for number, sql in enumerate(chosen))
-    with connect() as connection:
+    with _connection() as connection:
         connection.register("rows", table)
         try:
             found: pa.Table = connection.sql(f"SELECT {listed} FROM rows").to_arrow_table()  # the recipe's
@@ -79,6 +80,17 @@ def near(name: str, columns: Sequence[str]) -> str:
     lower = {column.lower(): column for column in columns}
     close = [lower[match] for match in difflib.get_close_matches(name.lower(), list(lower), n=3, cutoff=0.5)]
     return f"did you mean {' or '.join(close)}?" if close else f"columns: {', '.join(columns)}"
+
+
+@cache
+def _database() -> duckdb.DuckDBPyConnection:
+    return connect()  # opening one takes 20 ms, and a pass over a pool would open one per shard and subset
+
+
+def _connection() -> duckdb.DuckDBPyConnection:
+    connection = _database().cursor()  # with its own `rows`, so that threads do not see each other's
+    connection.execute("SET python_enable_replacements=false")
+    return connection
 
 
 def _without_nan(column: pa.ChunkedArray) -> pa.ChunkedArray:
