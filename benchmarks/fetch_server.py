@@ -12,6 +12,7 @@ import json
 import ssl
 import sys
 from pathlib import Path
+from typing import ClassVar
 
 import cv2
 import numpy as np
@@ -83,7 +84,7 @@ def make_certificate(folder: Path, addresses: list[str]) -> None:
 class Images(asyncio.Protocol):
     """Just enough HTTP/1.1: keep-alive, GET, Connection: close."""
 
-    answers: list[tuple[bytes, bytes]] = []
+    answers: ClassVar[list[tuple[bytes, bytes]]] = []
 
     def connection_made(self, transport: asyncio.BaseTransport) -> None:
         self.transport, self.buffer = transport, b""

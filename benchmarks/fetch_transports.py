@@ -1,7 +1,7 @@
 """The same downloads by several client libraries, bytes only: what `bench_fetch.py --part transport` compares.
 
-Each function fetches all URLs with up to 64 requests at once, as the library's own documentation suggests for speed, and
-returns how many bodies were images. None checks addresses or sizes: this chooses a library, it is not a fetcher.
+Each function fetches all URLs with up to 64 requests at once, as the library's own documentation suggests for speed,
+and returns how many bodies were images. None checks addresses or sizes: this chooses a library, it is not a fetcher.
 """
 
 import asyncio

@@ -46,6 +46,11 @@ def check_settings(settings: FetchSettings) -> None:
         )
 
 
+def guard_of(settings: FetchSettings) -> Guard:
+    """The guard of a recipe: without a contact address only one's own networks are reachable."""
+    return Guard(settings.allow_networks, public=settings.contact is not None)
+
+
 def image_settings(settings: FetchSettings) -> ImageSettings:
     """The part of the settings that decides how a picture is stored."""
     return ImageSettings(
@@ -73,8 +78,7 @@ class Downloader:
         check_settings(settings)
         self._settings, self._lookup = settings, lookup
         self._lists = load_lists(settings) if lists is None else lists
-        # Without a contact address only one's own networks are reachable.
-        self._guard = Guard(settings.allow_networks, public=settings.contact is not None)
+        self._guard = guard_of(settings)
         self._runner = asyncio.Runner()
         self._client: Client | None = None
         self._pool = DecoderPool(image_settings(settings), settings.decoders, settings.max_bytes)

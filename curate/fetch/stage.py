@@ -13,6 +13,7 @@ import pyarrow as pa
 from curate.config import FetchSettings
 from curate.errors import PlanError
 from curate.fetch.downloader import Downloader, Row, check_settings, image_settings, load_lists
+from curate.fetch.img2dataset_engine import Img2datasetDownloader
 from curate.fetch.outcome import Outcome
 from curate.schema import IMAGE, IMAGE_FIELDS, IMAGES_SCHEMA, TableSpec, inputs_of
 from curate.stage import Read, Resources, Stage, Task
@@ -40,7 +41,7 @@ class FetchStage(Stage):
         spec = TableSpec("images", VERSION, IMAGES_SCHEMA, content, inputs_of([samples]), with_images=True)
         self.tables = (spec,)
         self.resources = Resources(cpus=settings.decoders)
-        self._downloader: Downloader | None = None
+        self._downloader: Downloader | Img2datasetDownloader | None = None
 
     def check(self, store: Store) -> None:
         """Raise PlanError or ConfigError: no contact, unreadable block lists, an unknown hash column."""
@@ -60,7 +61,8 @@ class FetchStage(Stage):
 
     def setup(self) -> None:
         """Open the client; decoders start with the first image."""
-        self._downloader = Downloader(self._settings)
+        chosen = Img2datasetDownloader if self._settings.engine == "img2dataset" else Downloader
+        self._downloader = chosen(self._settings)
 
     def process(self, task: Task, batches: Iterator[pa.RecordBatch]) -> Iterator[Mapping[str, pa.RecordBatch]]:
         """See Stage.process. The whole shard's URLs are read first, so that each is fetched once."""

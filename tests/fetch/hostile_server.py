@@ -100,7 +100,7 @@ class HostileServer:
                     self.running -= path != "/robots.txt"
                 if request.headers.get("connection") == "close":
                     break
-        except (asyncio.IncompleteReadError, ConnectionError, asyncio.LimitOverrunError):
+        except (asyncio.IncompleteReadError, asyncio.CancelledError, ConnectionError, asyncio.LimitOverrunError):
             pass
         finally:
             writer.close()

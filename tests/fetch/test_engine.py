@@ -1,0 +1,176 @@
+"""img2dataset's own Downloader under our guard, beside ours on the same table; and the stage around both."""
+
+import asyncio
+import hashlib
+import pickle
+from pathlib import Path
+
+import numpy as np
+import pyarrow as pa
+import pytest
+from PIL import Image
+
+from curate.config import FetchSettings
+from curate.errors import PlanError
+from curate.fetch.stage import fetch_stage
+from curate.schema import IMAGES_SCHEMA, SAMPLE_FIELDS, Shard, TableSpec, keys_of
+from curate.stage import run_shard
+from curate.store import Store
+from curate.tar import members
+from tests.fetch.conftest import ALLOWED, encoded, scene
+from tests.fetch.hostile_server import HostileServer, Request, answer
+
+SAMPLES = TableSpec("samples", 1, pa.schema([*SAMPLE_FIELDS, pa.field("sha256", pa.string())]))
+SETTINGS = {
+    "allow_networks": [ALLOWED], "timeout_s": 2.0, "first_byte_timeout_s": 1.0, "retries": 0, "decoders": 1,
+    "image_size": 48, "max_bytes": 3_000_000, "max_pixels": 20_000_000, "min_image_size": 20, "max_aspect_ratio": 8,
+    "min_rate_bytes_s": 0, "skip_reencode": False,
+}  # fmt: skip
+
+
+def store_with(root: Path, urls: list[str | None], digests: list[str | None] | None = None) -> tuple[Store, Shard]:
+    """A store whose one shard has these URLs."""
+    store, shard = Store(str(root)), Shard("a", len(urls))
+    texts = [f"caption {number}" for number in range(len(urls))]
+    store.write(SAMPLES, shard, pa.table(
+        [keys_of(urls, texts), urls, texts, digests or [None] * len(urls)], schema=SAMPLES.schema
+    ))  # fmt: skip
+    return store, shard
+
+
+def run(store: Store, shard: Shard, **settings: object) -> pa.Table:
+    """The images table of the shard."""
+    stage = pickle.loads(pickle.dumps(fetch_stage(FetchSettings.model_validate({**SETTINGS, **settings}), SAMPLES)))
+    stage.check(store)
+    stage.setup()
+    try:
+        run_shard(store, stage, shard)
+    finally:
+        stage.teardown()
+    return store.read(stage.tables[0], shard.name)
+
+
+def table(server: HostileServer, decoy: HostileServer, jpeg: bytes) -> list[tuple[str | None, str]]:
+    """URLs on whose status both engines must agree."""
+
+    async def drip(request: Request, writer: asyncio.StreamWriter) -> None:
+        writer.write(answer(b"", length=len(jpeg)))
+        for byte in jpeg[:30]:
+            writer.write(bytes([byte]))
+            await asyncio.sleep(0.3)
+
+    async def hang(request: Request, writer: asyncio.StreamWriter) -> None:
+        await asyncio.sleep(30)
+
+    server.static("/robots.txt", answer(b"User-agent: *\nDisallow: /private\n"))
+    bomb = encoded(Image.new("1", (8000, 8000)), "PNG")
+    urls: list[tuple[str | None, str]] = [
+        (server.static(f"/{number}.jpg", answer(encoded(scene(60 + number, 50, number)))), "ok") for number in range(20)
+    ]
+    return [
+        *urls,
+        (server.static("/grey.png", answer(encoded(scene().convert("L"), "PNG"))), "ok"),
+        (server.static("/alpha.webp", answer(encoded(scene().convert("RGBA"), "WEBP"))), "ok"),
+        (server.static("/moved.jpg", answer(b"", "302 Found", "Location: /3.jpg")), "ok"),
+        (server.base + "/404.jpg", "http_4xx"),
+        (server.static("/500.jpg", answer(b"", "500 Oops")), "http_5xx"),
+        (server.static("/html.jpg", answer(b"<html>", "200 OK", "Content-Type: image/jpeg")), "not_image"),
+        (server.static("/broken.png", answer(encoded(scene(), "PNG")[:200])), "decode_error"),
+        (server.static("/noai.jpg", answer(jpeg, "200 OK", "X-Robots-Tag: noai")), "opted_out"),
+        (server.static("/tdm.jpg", answer(jpeg, "200 OK", "tdm-reservation: 1")), "opted_out"),
+        (server.static("/mnoai.jpg", answer(b"", "302 Found", "Location: /3.jpg", "X-Robots-Tag: noai")), "opted_out"),
+        (server.static("/private/x.jpg", answer(jpeg)), "robots"),
+        (server.static("/tiny.jpg", answer(encoded(scene(10, 10)))), "too_small"),
+        (server.static("/banner.jpg", answer(encoded(scene(400, 30)))), "bad_ratio"),
+        (server.static("/bomb.png", answer(bomb)), "too_many_pixels"),
+        (server.static("/large.jpg", answer(bytes(4_000_000))), "too_large"),
+        (server.static("/empty.jpg", answer(b"")), "empty"),
+        (server.static("/loop.jpg", answer(b"", "302 Found", "Location: /loop.jpg")), "bad_url"),
+        (server.static("/file.jpg", answer(b"", "302 Found", "Location: file:///etc/passwd")), "bad_url"),
+        (server.static("/in.jpg", answer(b"", "302 Found", f"Location: {decoy.base}/x")), "blocked_address"),
+        (decoy.base + "/x.jpg", "blocked_address"), (f"http://2130706434:{decoy.port}/", "blocked_address"),
+        ("file:///etc/passwd", "bad_url"), (None, "bad_url"), ("http://dead.invalid/x.jpg", "dns"),
+        ("http://127.0.0.1:1/x.jpg", "connect"),
+        (server.route("/hang.jpg", hang), "timeout"), (server.route("/drip.jpg", drip), "slow"),
+    ]  # fmt: skip
+
+
+def test_both_engines_agree(server: HostileServer, decoy: HostileServer, jpeg: bytes, tmp_path: Path) -> None:
+    """The other engine copies files, reaches inside, ignores wishes, or gives another table."""
+    rows = table(server, decoy, jpeg)
+    store, shard = store_with(tmp_path, [url for url, _ in rows])
+    ours, theirs = run(store, shard), run(store, shard, engine="img2dataset")
+    assert ours.schema.equals(theirs.schema) and ours.schema.remove_metadata().equals(IMAGES_SCHEMA)
+    assert ours.column("key").equals(theirs.column("key"))
+    expected = [status for _, status in rows]
+    slow = {"timeout", "too_slow", "connect"}  # urllib cannot tell a drip from a hang
+    for found in (ours, theirs):
+        wrong = [
+            (url, status, error, want)
+            for (url, want), status, error in zip(
+                rows, found["status"].to_pylist(), found["error"].to_pylist(), strict=True
+            )
+            if status != want and not (want in ("slow", "timeout") and status in slow)
+        ]
+        assert not wrong
+    assert len(expected) == ours.num_rows == theirs.num_rows
+    good = [number for number, status in enumerate(expected) if status == "ok"]
+    for name in ("width", "height", "original_width", "original_height", "original_bytes", "sha256", "ext"):
+        assert ours[name].take(good).equals(theirs[name].take(good)), name
+    import cv2
+
+    for one, other in zip(store.read_images(ours), store.read_images(theirs), strict=True):
+        assert (one is None) == (other is None)
+        if one is not None and other is not None:
+            pair = [
+                cv2.imdecode(np.frombuffer(data, np.uint8), cv2.IMREAD_COLOR).astype(float) for data in (one, other)
+            ]
+            assert ((pair[0] - pair[1]) ** 2).mean() < 65, "less than 30 dB apart"
+    assert decoy.connections == 0
+
+
+def test_their_engine_sees_hashes(server: HostileServer, jpeg: bytes, tmp_path: Path) -> None:
+    """verify_hash is dropped by one of the engines."""
+    url = server.static("/a.jpg", answer(jpeg))
+    sha256 = hashlib.sha256(jpeg).hexdigest()
+    store, shard = store_with(tmp_path, [url, url], [sha256, "0" * 64])
+    for engine in ("curate", "img2dataset"):
+        found = run(store, shard, engine=engine, verify_hash={"column": "sha256"})
+        assert found["status"].to_pylist() == ["ok", "hash_mismatch"]
+        assert found["sha256"].to_pylist()[0] == sha256
+    with pytest.raises(PlanError, match="no column md5"):
+        fetch_stage(FetchSettings.model_validate({**SETTINGS, "verify_hash": {"column": "md5"}}), SAMPLES).check(store)
+
+
+def test_the_stage_writes_what_its_table_says(server: HostileServer, jpeg: bytes, tmp_path: Path) -> None:
+    """A row points at another row's picture, or a failed row at bytes."""
+    urls: list[str | None] = [
+        url for n in range(60)
+        for url in (server.static(f"/{n}.jpg", answer(encoded(scene(50 + n, 40, n)))), f"{server.base}/gone{n}")
+    ]  # fmt: skip
+    store, shard = store_with(tmp_path, urls)
+    found = run(store, shard, image_size=4096)
+    assert found["status"].to_pylist() == ["ok", "http_4xx"] * 60
+    rows, images = found.to_pylist(), store.read_images(found)
+    assert [image is None for image in images] == [False, True] * 60
+    assert [row["width"] for row in rows[::2]] == [50 + n for n in range(60)]
+    assert all(row["original_bytes"] and row["sha256"] and row["error"] is None for row in rows[::2])
+    assert all(row["error"] == "HTTP 404" and row["tar"] is None for row in rows[1::2])
+    with store.open(rows[0]["tar"]) as stream:
+        names = [name for name, _, _ in members(stream)]
+    assert names == [f"{row['key']}.{ext}" for row in rows[::2] for ext in ("jpg", "txt", "json")]
+    again, _ = store_with(tmp_path / "again", urls)
+    assert again.read_images(run(again, shard, image_size=4096)) == images, "other bytes from the same input"
+
+
+def test_patience_does_not_change_the_fingerprint() -> None:
+    """A longer timeout fetches a whole pool again."""
+
+    def name(**settings: object) -> str:
+        return fetch_stage(FetchSettings.model_validate({**SETTINGS, **settings}), SAMPLES).tables[0].fingerprint
+
+    assert name() == name(timeout_s=9.0, retries=5, concurrency=9, per_host=2, decoders=7, contact="a@b.c")
+    assert (
+        len({name(), name(image_size=49), name(robots=False), name(strip_metadata=False), name(engine="img2dataset")})
+        == 5
+    )
