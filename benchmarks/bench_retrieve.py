@@ -294,7 +294,7 @@ def bench_plan() -> None:
     row(
         "1-billion plan: 17 M seeds, nprobe 32",
         f"{hours:,.0f} hours",
-        f"{2 * look / (RATES['share'] * 67e12) / 3600:.1f} GPU-hours likewise; LVD-142M: 20 nodes x 8 V100, < 2 days for all",
+        f"{2 * look / (RATES['share'] * 67e12) / 3600:.1f} GPU-hours likewise; LVD-142M: 160 V100, < 2 days for all",
     )
 
 
