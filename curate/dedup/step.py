@@ -16,14 +16,17 @@ from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
+from itertools import accumulate
 from typing import Any
 
 import duckdb
+import numpy as np
 import pyarrow as pa
 import pyarrow.compute as pc
 import pyarrow.parquet as pq
 
 from curate.config import DedupSettings
+from curate.dedup.near import Near, group_hashes, hashes_of, read_groups
 from curate.errors import PlanError
 from curate.metrics import Ticker
 from curate.rows import Column, columns_of, names_in, read_rows, schema_of
@@ -32,6 +35,7 @@ from curate.stage import CrossStep, Map
 from curate.store import Store
 
 ROWS_PER_PARTITION = 4_000_000  # 64 bytes a row with a usual keep order: a quarter GiB in the deciding process
+HASH_BITS = 64
 SHARDS_PER_SCATTER = 200  # verdict files are read once per this many shards
 
 # What a rule compares: the columns whose values must all be equal.
@@ -45,7 +49,7 @@ _FIELDS = (
     pa.field("is_duplicate", pa.bool_(), nullable=False),
     pa.field("duplicate_of", pa.string()),  # key of the row that was kept instead
     pa.field("duplicate_kind", pa.string()),  # the rule: sha256, image_phash, …
-    pa.field("duplicate_similarity", pa.float32()),  # 1 for equal values
+    pa.field("duplicate_similarity", pa.float32()),  # to its nearest in the group; 1: equal, less a 64th per bit
     pa.field("duplicate_reason", pa.string()),
 )
 
@@ -62,8 +66,14 @@ class _Rule:
 
     @property
     def values(self) -> tuple[str, ...]:
-        """Columns that must be equal."""
+        """Columns that must be equal, or nearly."""
         return EXACT[self.settings.by]
+
+    @property
+    def words(self) -> str:
+        """What the rows of a group share, for people."""
+        same = " and ".join(self.values)
+        return f"same {same}" if not self.settings.radius else f"{same} within {self.settings.radius} bits"
 
 
 class DedupStep(CrossStep):
@@ -80,6 +90,8 @@ class DedupStep(CrossStep):
             needed = EXACT.get(rule.by)
             if needed is None:
                 raise PlanError(f"dedup.{number}.by: {rule.by!r} is not one of {', '.join(EXACT)}")
+            if rule.radius and rule.by != "image_phash":
+                raise PlanError(f"dedup.{number}.radius: only image_phash has one; {rule.by} compares exactly")
             for name in needed:
                 if name not in columns:
                     raise PlanError(
@@ -113,6 +125,11 @@ class DedupStep(CrossStep):
         names = [shard.name for shard in shards]
         for rule in self._rules:
             here, before = f"{work}/{rule.number}", f"{work}/{rule.number - 1}" if rule.number else None
+            if rule.settings.radius:
+                firsts = accumulate((shard.rows for shard in shards[:-1]), initial=0)
+                candidates = partial(_hashes, store, rule, before)
+                near = Near(store, here, candidates, rule.settings.radius, tuple(names), tuple(firsts))
+                group_hashes(near, shards, map_items)
             done = set(store.names(f"{here}/done"))
             spill = partial(_spill, store, rule, here, before)
             for _ in map_items(spill, [name for name in names if f"{name}.json" not in done]):
@@ -152,23 +169,39 @@ def _put(store: Store, path: str, table: pa.Table) -> None:
         pq.write_table(table, local, compression="zstd")
 
 
-def _spill(store: Store, rule: _Rule, folder: str, before: str | None, shard: str) -> None:
-    """Deal a shard's candidate rows into partitions by the hash of what the rule compares."""
-    names = list(dict.fromkeys(["status", *rule.values, *rule.keep_columns]))
-    table = read_rows(store, rule.columns, names, shard)
+def _candidates(store: Store, rule: _Rule, names: Sequence[str], before: str | None, shard: str) -> pa.Table:
+    """Rows that have an image and a value, and that no earlier rule removed; `row_` is their number in the shard."""
+    table = read_rows(store, rule.columns, list(dict.fromkeys(["status", *names])), shard)
     state = _state(store, before, shard, table.num_rows)
     table = table.append_column("row_", pa.array(range(table.num_rows), pa.int64()))
     mask = pc.and_(pc.equal(table["status"], OK), pc.invert(state["is_duplicate"]))
-    for name in rule.values[:1]:  # (pHash, null text) is a pair like any other; a null pHash is not
-        mask = pc.and_(mask, pc.is_valid(table[name]))
-    table = table.filter(pc.fill_null(mask, False))
-    values = zip(*(table[name].to_pylist() for name in rule.values), strict=True)
+    mask = pc.and_(mask, pc.is_valid(table[rule.values[0]]))  # (pHash, null text) is a pair, a null pHash is nothing
+    return table.filter(pc.fill_null(mask, False))
+
+
+def _hashes(store: Store, rule: _Rule, before: str | None, shard: str) -> tuple[Any, Any]:
+    """(uint64 hashes, row numbers) of a shard's candidates."""
+    table = _candidates(store, rule, rule.values, before, shard)
+    return hashes_of(table[rule.values[0]].to_pylist()), table["row_"].to_numpy()
+
+
+def _spill(store: Store, rule: _Rule, folder: str, before: str | None, shard: str) -> None:
+    """Deal a shard's candidate rows into partitions by the hash of what the rule compares, or by their group."""
+    table = _candidates(store, rule, [*rule.values, *rule.keep_columns], before, shard)
+    if rule.settings.radius:
+        rows, groups, distance = read_groups(store, folder, shard)
+        table = table.filter(pc.is_in(table["row_"], pa.array(rows)))
+        values: list[Any] = groups.tolist()
+        similarity = 1 - distance.astype(np.float32) / HASH_BITS
+    else:
+        values = list(zip(*(table[name].to_pylist() for name in rule.values), strict=True))
+        similarity = np.ones(len(values), np.float32)
     digests = [hashlib.blake2b(repr(value).encode(), digest_size=16).digest() for value in values]
-    table = table.append_column("value_", pa.array(digests, pa.binary(16)))
     parts = [int.from_bytes(digest[:4], "big") % rule.partitions for digest in digests]
+    table = table.select([KEY.name, "row_", *(name for name in rule.keep_columns if name != KEY.name)])
+    table = table.append_column("value_", pa.array(digests, pa.binary(16)))
+    table = table.append_column("similarity_", pa.array(similarity, pa.float32()))
     table = table.append_column("partition_", pa.array(parts, pa.int32()))
-    drop = [name for name in ("status", *rule.values) if name not in rule.keep_columns and name in table.column_names]
-    table = table.drop_columns([name for name in drop if name != KEY.name])
     for number in sorted(set(parts)):
         chosen = table.filter(pc.equal(table["partition_"], number)).drop_columns(["partition_"])
         _put(store, f"{folder}/spill/{number:05d}/{shard}.parquet", chosen)
@@ -189,7 +222,9 @@ def _decide(store: Store, rule: _Rule, folder: str, shards: Sequence[str], numbe
     _put(store, f"{folder}/verdict/{number:05d}.parquet", verdict)
 
 
-_NO_VERDICT = pa.schema([("shard_", pa.int64()), ("row_", pa.int64()), ("kept", pa.string())])
+_NO_VERDICT = pa.schema(
+    [("shard_", pa.int64()), ("row_", pa.int64()), ("kept", pa.string()), ("similarity_", pa.float32())]
+)
 
 
 def _verdicts(rows: pa.Table, keep: str) -> pa.Table:
@@ -202,11 +237,11 @@ def _verdicts(rows: pa.Table, keep: str) -> pa.Table:
               SELECT * FROM candidates
               WHERE value_ IN (SELECT value_ FROM candidates GROUP BY value_ HAVING count(*) > 1)
             ), ranked AS (
-              SELECT shard_, row_, key,
+              SELECT shard_, row_, key, similarity_,
                 first_value(key) OVER w AS kept, row_number() OVER w AS place
               FROM grouped WINDOW w AS (PARTITION BY value_ ORDER BY {keep}, key, shard_, row_)
             )
-            SELECT shard_, row_, kept FROM ranked WHERE place > 1 ORDER BY shard_, row_
+            SELECT shard_, row_, kept, similarity_ FROM ranked WHERE place > 1 ORDER BY shard_, row_
             """  # the recipe's own ordering, already bound against the schema
         ).to_arrow_table()
     return found.cast(_NO_VERDICT)
@@ -232,11 +267,12 @@ def _scatter(
 
 def _apply(rule: _Rule, state: pa.Table, verdict: pa.Table) -> pa.Table:
     rows: list[dict[str, Any]] = state.to_pylist()
-    same = " and ".join(rule.values)
-    for row, kept in zip(verdict["row_"].to_pylist(), verdict["kept"].to_pylist(), strict=True):
+    told = (verdict[name].to_pylist() for name in ("row_", "kept", "similarity_"))
+    for row, kept, similarity in zip(*told, strict=True):
         rows[row] = {
-            "is_duplicate": True, "duplicate_of": kept, "duplicate_kind": rule.settings.by, "duplicate_similarity": 1.0,
-            "duplicate_reason": f"same {same} as {kept}, which is first by {rule.settings.keep}",
+            "is_duplicate": True, "duplicate_of": kept, "duplicate_kind": rule.settings.by,
+            "duplicate_similarity": similarity,
+            "duplicate_reason": f"{rule.words} as {kept}, which is first by {rule.settings.keep}",
         }  # fmt: skip
     return pa.Table.from_pylist(rows, schema=pa.schema(_FIELDS))
 

@@ -128,14 +128,16 @@ class Job:
         self._across(step, self.shards)
 
     def note(self) -> None:
-        """Leave in the store what this run is made of."""
-        self.store.put_json(PLAN, {
+        """Leave in the store what this run is made of, unless it says so already."""
+        note = {
             "recipe": self.recipe.model_dump(mode="json"),
             "tables": [pack_spec(spec) for spec in self.tables.values()],
             "steps": [{"name": record.name, "tables": record.tables} for record in self.records],
             "shards": [shard.name for shard in self.shards],
             "set_aside": self.set_aside,
-        })  # fmt: skip
+        }  # fmt: skip
+        if self.store.get_json(PLAN) != note:
+            self.store.put_json(PLAN, note)
 
     def _register(self, step: Stage | CrossStep) -> None:
         for spec in step.tables:

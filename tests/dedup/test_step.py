@@ -9,6 +9,7 @@ import pyarrow as pa
 import pytest
 
 from curate.config import DedupSettings
+from curate.dedup import near
 from curate.dedup import step as dedup
 from curate.dedup.step import dedup_step
 from curate.errors import PlanError
@@ -109,6 +110,64 @@ def test_pair_rule_compares_text_too(tmp_path: Path) -> None:
     assert _found(store, shards, step.tables[0]) == _brute_force(facts, [("image_phash", "text")])
 
 
+@pytest.mark.parametrize("rows_per_task", [50, 1_000_000])
+def test_near_hashes_join_components_across_shards(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, rows_per_task: int
+) -> None:
+    """Guards against near copies that are missed because they fell on different shards, tables or partitions."""
+    store = Store(str(tmp_path))
+    draw = random.Random(5)
+    seeds = [draw.getrandbits(64) for _ in range(60)]
+    hashes = []
+    for seed in seeds:
+        chain = seed
+        for _ in range(draw.randrange(1, 9)):
+            hashes.append(chain)
+            for bit in draw.sample(range(64), draw.randrange(4)):
+                chain ^= 1 << bit
+    draw.shuffle(hashes)
+    shards, facts, at = [], [], 0
+    for number in range(4):
+        part = hashes[at : at + 70]
+        at += 70
+        urls = [f"{number}-{row}" for row in range(len(part))]
+        keys = keys_of(urls, urls)
+        shard = Shard(f"{number:04d}", len(part))
+        images = [
+            {"key": key, "status": "ok", "sha256": key, "width": draw.randrange(1, 5), "height": 1} for key in keys
+        ]
+        store.write(SAMPLES, shard, pa.table([keys, urls, urls], schema=pa.schema(SAMPLE_FIELDS)))
+        store.write(IMAGES, shard, pa.Table.from_pylist(images, schema=IMAGES.schema), SAMPLES)
+        store.write(HASHES, shard, pa.table([keys, [f"{value:016x}" for value in part]], schema=HASHES.schema), SAMPLES)
+        shards.append(shard)
+        facts += [{**image, "hash": value} for image, value in zip(images, part, strict=True)]
+    monkeypatch.setattr(near, "ROWS_PER_TASK", rows_per_task)
+    monkeypatch.setattr(near, "SHARDS_PER_CHUNK", 2)
+    step = dedup_step([DedupSettings(by="image_phash", radius=3)], TABLES, shards)
+    with progress("dedup", len(shards)) as ticker:
+        step.run(store, shards, _shuffled_map, ticker)
+    found = _found(store, shards, step.tables[0])
+    assert found == _components(facts, 3)
+    rows = [row for shard in shards for row in store.read(step.tables[0], shard.name).to_pylist()]
+    assert all(1 - 3 / 64 <= row["duplicate_similarity"] <= 1 for row in rows if row["is_duplicate"])
+
+
+def _components(facts: list[dict[str, Any]], radius: int) -> dict[str, str]:
+    """key -> key kept, by comparing all with all."""
+    group = list(range(len(facts)))
+    for i, one in enumerate(facts):
+        for j in range(i):
+            if (one["hash"] ^ facts[j]["hash"]).bit_count() <= radius and group[i] != group[j]:
+                low, high = sorted((group[i], group[j]))
+                group = [low if name == high else name for name in group]
+    gone = {}
+    for name in set(group):
+        members = [fact for fact, own in zip(facts, group, strict=True) if own == name]
+        first, *others = sorted(members, key=lambda fact: (-fact["width"] * fact["height"], fact["key"]))
+        gone |= {fact["key"]: first["key"] for fact in others}
+    return gone
+
+
 def test_killed_anywhere_and_run_again_gives_the_same(tmp_path: Path) -> None:
     """Guards against intermediate files that a kill leaves half, or that a second run counts twice."""
     whole = Store(str(tmp_path / "whole"))
@@ -139,7 +198,11 @@ def test_killed_anywhere_and_run_again_gives_the_same(tmp_path: Path) -> None:
 
 def test_unknown_rules_and_columns_fail_in_the_plan() -> None:
     """Guards against a typo that is found after the fetch."""
-    for rule in (DedupSettings(by="md5"), DedupSettings(by="sha256", keep="widht DESC")):
+    for rule in (
+        DedupSettings(by="md5"),
+        DedupSettings(by="sha256", radius=2),
+        DedupSettings(by="sha256", keep="widht DESC"),
+    ):
         with pytest.raises(PlanError):
             dedup_step([rule], TABLES, [])
     with pytest.raises(PlanError, match="phash"):
