@@ -51,7 +51,7 @@ def fetch(tmp_path: Path) -> Iterator[Fetch]:
         **settings: object,
     ) -> list[Outcome]:
         chosen = {
-            "allow_networks": [ALLOWED], "timeout_s": 2.0, "connect_timeout_s": 1.0, "first_byte_timeout_s": 1.0,
+            "allow_networks": [ALLOWED], "timeout_s": 20.0, "connect_timeout_s": 10.0, "first_byte_timeout_s": 15.0,
             "retries": 0, "decoders": 1, "image_size": 64, **settings,
         }  # fmt: skip
         downloader = Downloader(FetchSettings.model_validate(chosen), lists, lookup)

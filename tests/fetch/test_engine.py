@@ -22,7 +22,7 @@ from tests.fetch.hostile_server import HostileServer, Request, answer
 
 SAMPLES = TableSpec("samples", 1, pa.schema([*SAMPLE_FIELDS, pa.field("sha256", pa.string())]))
 SETTINGS = {
-    "allow_networks": [ALLOWED], "timeout_s": 2.0, "first_byte_timeout_s": 1.0, "retries": 0, "decoders": 1,
+    "allow_networks": [ALLOWED], "timeout_s": 20.0, "first_byte_timeout_s": 15.0, "retries": 0, "decoders": 1,
     "image_size": 48, "max_bytes": 3_000_000, "max_pixels": 20_000_000, "min_image_size": 20, "max_aspect_ratio": 8,
     "min_rate_bytes_s": 0, "skip_reencode": False,
 }  # fmt: skip
@@ -99,7 +99,8 @@ def test_both_engines_agree(server: HostileServer, decoy: HostileServer, jpeg: b
     """The other engine copies files, reaches inside, ignores wishes, or gives another table."""
     rows = table(server, decoy, jpeg)
     store, shard = store_with(tmp_path, [url for url, _ in rows])
-    ours, theirs = run(store, shard), run(store, shard, engine="img2dataset")
+    short = {"timeout_s": 3.0, "first_byte_timeout_s": 2.5}
+    ours, theirs = run(store, shard, **short), run(store, shard, engine="img2dataset", **short)
     assert ours.schema.equals(theirs.schema) and ours.schema.remove_metadata().equals(IMAGES_SCHEMA)
     assert ours.column("key").equals(theirs.column("key"))
     expected = [status for _, status in rows]

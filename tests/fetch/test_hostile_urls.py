@@ -192,8 +192,10 @@ def test_every_hostile_url_gets_its_status(
     random.Random(0).shuffle(table)
     assert len(table) >= 200
     before, start = psutil.Process().memory_info().rss, time.monotonic()
-    outcomes = fetch([url for url, _ in table], max_bytes=5_000_000, min_rate_bytes_s=0, connect_timeout_s=1.5)
-    assert time.monotonic() - start < 30
+    outcomes = fetch(
+        [url for url, _ in table], max_bytes=5_000_000, min_rate_bytes_s=0, timeout_s=4, first_byte_timeout_s=3
+    )
+    assert time.monotonic() - start < 60
     assert psutil.Process().memory_info().rss - before < 300e6, "memory is not bounded"
     wrong = [
         (url and url[:100], outcome.status, outcome.error, statuses)
