@@ -7,8 +7,10 @@ import shutil
 import signal
 import subprocess
 import time
+from collections import Counter
 from collections.abc import Iterator, Mapping
 from pathlib import Path
+from urllib.parse import urlsplit
 
 import duckdb
 import pyarrow as pa
@@ -43,11 +45,13 @@ def test_release_holds_what_the_web_planted(web: Web, whole: Path) -> None:
         """
     ).fetchall()
     pairs = dict(found)
-    assert pairs["wrong_caption"] == pairs["exact_copy"] == pairs["http_404"] == pairs["opted_out"] == 0
+    assert pairs["wrong_caption"] == pairs["http_404"] == pairs["opted_out"] == pairs["bomb_pixels"] == 0
     assert pairs["shapes"] > 90
     assert pairs["scene"] > 90
-    assert manifest.num_rows == len(set(zip(manifest["subset"].to_pylist(), manifest["key"].to_pylist(), strict=True)))
-    del truth
+    for identity in ("key", "image_phash"):  # of each group of copies one stayed
+        chosen = list(zip(manifest["subset"].to_pylist(), manifest[identity].to_pylist(), strict=True))
+        assert len(chosen) == len(set(chosen))
+    assert truth.num_rows == 639
 
 
 def test_second_run_starts_nothing_and_changes_no_byte(web: Web, whole: Path) -> None:
@@ -106,6 +110,21 @@ def test_new_threshold_only_selects_and_emits(web: Web, whole: Path, tmp_path: P
     assert new == {"member_pairs", "releases"}
     assert web.server.hits.total() == requests
     assert len(list((root / "releases").glob("0*"))) == 2
+
+
+def test_retry_asks_only_for_what_failed(web: Web, whole: Path, tmp_path: Path) -> None:
+    """Guards against retries that download a pool again, or that lose what it had."""
+    root = tmp_path / "run"
+    shutil.copytree(whole, root)
+    before = Counter(web.server.hits)
+    curate("run", web.recipe(root), "--retry", "http_4xx")
+    asked = set(web.server.hits - before)
+    truth = pq.read_table(web.truth).to_pylist()
+    gone = {urlsplit(row["url"]).path for row in truth if row["kind"] == "http_404"}
+    assert gone <= asked <= {*gone, "/robots.txt"}
+    names = ("subset", "key", "sha256")
+    first, second = (pq.read_table(path).select(names) for path in sorted(root.glob("releases/0*/manifest.parquet")))
+    assert first.equals(second)
 
 
 def test_new_scorer_scores_only_itself(web: Web, whole: Path, tmp_path: Path) -> None:
