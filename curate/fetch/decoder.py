@@ -53,7 +53,11 @@ def _confine() -> None:
     import cv2  # noqa: PLC0415
 
     cv2.setNumThreads(1)  # parallel over pictures, not inside one
-    for kind, limit in ((resource.RLIMIT_CORE, 0), (resource.RLIMIT_AS, MEMORY_BYTES), (resource.RLIMIT_FSIZE, 0)):
+    for kind, limit in (
+        (resource.RLIMIT_CORE, 0),
+        (resource.RLIMIT_AS, MEMORY_BYTES),
+        (resource.RLIMIT_FSIZE, 1_000_000),
+    ):
         with contextlib.suppress(ValueError, OSError):
             resource.setrlimit(kind, (limit, limit))
     quiet = os.open(os.devnull, os.O_WRONLY)

@@ -10,7 +10,7 @@ from yarl import URL
 from curate.errors import ConfigError
 from curate.fetch.guard import BlockedAddress, Guard
 from curate.fetch.outcome import Refusal
-from curate.fetch.resolver import CachingResolver, Found
+from curate.fetch.resolver import CachingResolver, Found, server_lookup
 
 PRIVATE = [
     "0.0.0.0", "10.1.2.3", "100.64.0.1", "100.100.100.200", "127.0.0.1", "127.255.255.254", "169.254.169.254",
@@ -145,5 +145,35 @@ def test_a_lookup_that_hangs_ends() -> None:
     async def go() -> None:
         with pytest.raises(OSError, match="no answer"):
             await CachingResolver(Guard(), lookup, 1, 0.05).resolve("slow.example", 80)
+
+    asyncio.run(go())
+
+
+class _NameServer(asyncio.DatagramProtocol):
+    """Answers A questions with one public address, and that `dead` names do not exist."""
+
+    def connection_made(self, transport: asyncio.BaseTransport) -> None:
+        self._transport = transport
+
+    def datagram_received(self, data: bytes, address: object) -> None:
+        question = data[12 : data.index(b"\0", 12) + 5]
+        exists, wanted = b"dead" not in question, question[-4:-2] == b"\0\1"
+        record = b"\xc0\x0c\0\1\0\1\0\0\0\x3c\0\4" + bytes([93, 184, 215, 14]) if exists and wanted else b""
+        head = data[:2] + (b"\x81\x80" if exists else b"\x81\x83") + b"\0\1" + (b"\0\1" if record else b"\0\0")
+        self._transport.sendto(head + bytes(4) + question + record, address)  # type: ignore[attr-defined]
+
+
+def test_named_dns_servers_are_asked() -> None:
+    """`dns_servers` is read and the machine's overloaded resolver is used all the same."""
+
+    async def go() -> None:
+        loop = asyncio.get_running_loop()
+        transport, _ = await loop.create_datagram_endpoint(_NameServer, local_addr=("127.0.0.1", 0))
+        port = transport.get_extra_info("sockname")[1]
+        resolver = CachingResolver(Guard(), server_lookup([f"127.0.0.1:{port}"], 5.0), 2, 10.0)
+        assert [entry["host"] for entry in await resolver.resolve("live.example", 80)] == ["93.184.215.14"]
+        with pytest.raises(OSError, match="not found"):
+            await resolver.resolve("dead.example", 80)
+        transport.close()
 
     asyncio.run(go())
