@@ -26,7 +26,7 @@ from curate.errors import PlanError
 CellArray = npt.NDArray[np.int32]
 
 PROBES = 6
-ROWS_PER_CELL = 12_000  # visitors included; of 6 000 … 24 000 the least time at 1 M x 512 in bench_dedup's sizes
+ROWS_PER_CELL = 8_000  # visitors included; 12 000 took 1.5 times the time for 0.2 % more recall on Gaussian vectors
 SAMPLE_PER_CELL = 128  # training rows; faiss warns below 39
 SPLIT_ABOVE = 4  # a cell that would hold this many times ROWS_PER_CELL is split
 SPLIT_ROUNDS = 3

@@ -20,6 +20,7 @@ FloatArray = npt.NDArray[np.float32]
 VectorArray = npt.NDArray[np.float16] | npt.NDArray[np.float32]
 
 RECHECK_VALUES = 1 << 22  # values gathered at a time for a float64 dot product: 64 MB
+CACHED_ROWS = 1_024  # rows converted at a time
 SAMPLE_ROWS = 1_024
 MIN_ROWS_FOR_HEADS = 4_096  # below, finding the axes costs more than it saves
 # Time of recomputing one proposed pair in multiply-adds of the product; measured at d = 512 on 2 cores.
@@ -65,9 +66,10 @@ class Block:
     def unit(self, rows: IntArray) -> torch.Tensor:
         """Return float32[len(rows), d], normalised, of rows of the given vectors."""
         at = torch.from_numpy(rows).to(self.device)
-        parts = [self.given[part].double() * self.scale[part, None] for part in torch.split(at, 1 << 14)]
+        scale = self.scale.float()
+        parts = [self.given[part].float() * scale[part, None] for part in torch.split(at, CACHED_ROWS)]
         empty = torch.empty((0, self.given.shape[1]), device=self.device)
-        return torch.cat([part.float() for part in parts]) if parts else empty
+        return torch.cat(parts) if parts else empty
 
     def recheck(self, left: IntArray, right: IntArray, *, given: bool = False) -> Iterator[tuple[IntArray, FloatArray]]:
         """Decide proposed pairs by the definition; yields the true ones as rows of the given vectors, i < j.
@@ -136,7 +138,7 @@ class Block:
 
     def _scale(self) -> torch.Tensor:
         """1 / length in float64 per given vector; 0 for what can match nothing."""
-        parts = [part.double().square().sum(dim=1) for part in torch.split(self.given, 1 << 14)]
+        parts = [part.double().square().sum(dim=1) for part in torch.split(self.given, CACHED_ROWS)]
         square = torch.cat(parts) if parts else torch.empty(0, dtype=torch.float64, device=self.device)
         return torch.where(torch.isfinite(square) & (square > 0), square.rsqrt(), 0.0)
 
@@ -149,21 +151,32 @@ class Block:
         step = max(4, len(self) // SAMPLE_ROWS)
         sample = unit[::step]  # other rows than the axes are fitted to, which look shorter in the tail than they are
         fitted = torch.cat([unit[1::step], unit[2::step], unit[3::step]])
-        axes = torch.linalg.eigh(fitted.T @ fitted)[1].flip(1)
+        axes = _principal_axes(fitted.T @ fitted, width // 2)
         best, cost = width, float(width)
-        for count in (width // 16, width // 8, width // 4, width // 2):
+        for count in (width // 16 - 1, width // 8 - 1, width // 4 - 1, width // 2 - 1):  # one column is the tail
             cut = self._cut(sample, axes[:, :count])
             rate = float((cut @ cut.T >= self.floor).float().mean()) - 1 / len(sample)  # the diagonal is no pair
             if count + max(0.0, rate) * RECHECK_COST < cost:
                 best, cost = count, count + max(0.0, rate) * RECHECK_COST
         if best == width:
             return unit
-        return torch.cat([self._cut(part, axes[:, :best]) for part in torch.split(unit, 1 << 14)])
+        return torch.cat([self._cut(part, axes[:, :best]) for part in torch.split(unit, CACHED_ROWS)])
 
     def _cut(self, unit: torch.Tensor, axes: torch.Tensor) -> torch.Tensor:
         head = unit @ axes
         tail = 1 - head.square().sum(dim=1, keepdim=True)
         return torch.cat([head, (tail.clamp(min=0) + 4 * self.rounding).sqrt()], dim=1)
+
+
+def _principal_axes(scatter: torch.Tensor, count: int) -> torch.Tensor:
+    """Find about the `count` strongest axes by one subspace iteration: 15 times cheaper than all eigenvectors at 512.
+
+    Any orthonormal axes keep the bound true; better ones only make it tighter.
+    """
+    start = np.random.default_rng(0).standard_normal((len(scatter), count)).astype(np.float32)
+    basis = torch.linalg.qr(scatter @ (scatter @ torch.from_numpy(start).to(scatter.device)))[0]
+    turn = torch.linalg.eigh(basis.T @ scatter @ basis)[1].flip(1)
+    return basis @ turn
 
 
 def rounding_of(width: int) -> float:
