@@ -1,20 +1,14 @@
 """Copies across all shards: one of each group stays, and every other row says which, why and by what rule.
 
-Rules are applied in the order of the recipe, each to the rows that the rules before it left. A rule spills its values
-by hash into partitions, decides in each partition, and scatters the verdicts back to the shards:
-
-    _work/duplicates/<fingerprint>/<rule>/spill/<shard>/<partition>.parquet
-    _work/duplicates/<fingerprint>/<rule>/verdict/<partition>.parquet
-    _work/duplicates/<fingerprint>/<rule>/state/<shard>.parquet
-
-Every file is written whole, and one that is there is not made again: killed anywhere, a second run gives the same rows.
-Only rows with an image (status ok) take part.
+Rules are applied in the order of the recipe, each to the rows that the rules before it left. A rule brings rows with
+one value together across shards (`curate.across`); a rule with a radius first finds groups of near values (`near`),
+whose name is then the value. Only rows with an image (status ok) take part.
 """
 
 import hashlib
 from collections import Counter
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from itertools import accumulate
 from typing import Any
@@ -23,8 +17,8 @@ import duckdb
 import numpy as np
 import pyarrow as pa
 import pyarrow.compute as pc
-import pyarrow.parquet as pq
 
+from curate.across import ROW, SHARD, VALUE, decide_across, verdicts_on
 from curate.config import DedupSettings
 from curate.dedup.near import Near, group_hashes, hashes_of, read_groups
 from curate.errors import PlanError
@@ -34,9 +28,7 @@ from curate.schema import KEY, OK, Shard, TableSpec, inputs_of, pool_digest
 from curate.stage import CrossStep, Map
 from curate.store import Store
 
-ROWS_PER_PARTITION = 4_000_000  # 64 bytes a row with a usual keep order: a quarter GiB in the deciding process
 HASH_BITS = 64
-SHARDS_PER_SCATTER = 200  # verdict files are read once per this many shards
 
 # What a rule compares: the columns whose values must all be equal.
 EXACT = {
@@ -62,7 +54,7 @@ class _Rule:
     settings: DedupSettings
     columns: Mapping[str, Column]
     keep_columns: tuple[str, ...]
-    partitions: int
+    work: str  # the rule's folder
 
     @property
     def values(self) -> tuple[str, ...]:
@@ -84,7 +76,6 @@ class DedupStep(CrossStep):
     def __init__(self, rules: Sequence[DedupSettings], tables: Sequence[TableSpec], shards: Sequence[Shard]) -> None:
         columns = columns_of(tables)
         schema = schema_of(columns)
-        rows = sum(shard.rows for shard in shards)
         self._rules: list[_Rule] = []
         for number, rule in enumerate(rules):
             needed = EXACT.get(rule.by)
@@ -99,7 +90,7 @@ class DedupStep(CrossStep):
                         "add the scorer that writes it, e.g. score: {phash: {scorer: phash}}"
                     )
             keep = tuple(names_in(rule.keep, schema))
-            self._rules.append(_Rule(number, rule, columns, keep, max(1, -(-rows // ROWS_PER_PARTITION))))
+            self._rules.append(_Rule(number, rule, columns, keep, ""))
         used = {columns[name].table.name: columns[name].table for name in self._names(columns)}
         self._spec = TableSpec(
             "duplicates", 1, pa.schema([KEY, *_FIELDS]),
@@ -122,28 +113,18 @@ class DedupStep(CrossStep):
     def run(self, store: Store, shards: Sequence[Shard], map_items: Map, ticker: Ticker) -> Mapping[str, int]:
         """Apply the rules in order; counts duplicates by rule."""
         work = f"_work/duplicates/{self._spec.fingerprint}"
-        names = [shard.name for shard in shards]
-        for rule in self._rules:
-            here, before = f"{work}/{rule.number}", f"{work}/{rule.number - 1}" if rule.number else None
+        rules = [replace(rule, work=f"{work}/{rule.number}") for rule in self._rules]
+        for number, rule in enumerate(rules):
+            before = rules[:number]
             if rule.settings.radius:
-                firsts = accumulate((shard.rows for shard in shards[:-1]), initial=0)
-                candidates = partial(_hashes, store, rule, before)
-                near = Near(store, here, candidates, rule.settings.radius, tuple(names), tuple(firsts))
-                group_hashes(near, shards, map_items)
-            done = set(store.names(f"{here}/done"))
-            spill = partial(_spill, store, rule, here, before)
-            for _ in map_items(spill, [name for name in names if f"{name}.json" not in done]):
-                pass
-            decided = set(store.names(f"{here}/verdict"))
-            todo = [number for number in range(rule.partitions) if f"{number:05d}.parquet" not in decided]
-            for _ in map_items(partial(_decide, store, rule, here, names), todo):
-                pass
-            groups = [shards[at : at + SHARDS_PER_SCATTER] for at in range(0, len(shards), SHARDS_PER_SCATTER)]
-            for _ in map_items(partial(_scatter, store, rule, here, before, names), groups):
-                pass
-        last = f"{work}/{self._rules[-1].number}" if self._rules else None
+                names = tuple(shard.name for shard in shards)
+                firsts = tuple(accumulate((shard.rows for shard in shards[:-1]), initial=0))
+                hashes = partial(_hashes, store, rule, before)
+                group_hashes(Near(store, rule.work, hashes, rule.settings.radius, names, firsts), shards, map_items)
+            candidates = partial(_candidates, store, rule, before)
+            decide_across(store, rule.work, shards, map_items, candidates, partial(_first_of_each, rule.settings.keep))
         counts: Counter[str] = Counter()
-        for count in map_items(partial(_commit, store, self._spec, self._any, last), list(shards)):
+        for count in map_items(partial(_commit, store, self._spec, self._any, rules), list(shards)):
             counts.update(count)
             ticker.advance(1)
         store.remove_tree(work)
@@ -155,79 +136,45 @@ def dedup_step(rules: Sequence[DedupSettings], tables: Sequence[TableSpec], shar
     return DedupStep(rules, tables, shards)
 
 
-def _state(store: Store, folder: str | None, shard: str, rows: int) -> pa.Table:
-    """What earlier rules said of a shard's rows."""
-    if folder is None:
-        nulls = [pa.nulls(rows, field.type) for field in _FIELDS[1:]]
-        return pa.table([pa.array([False] * rows, pa.bool_()), *nulls], schema=pa.schema(_FIELDS))
-    with store.open(f"{folder}/state/{shard}.parquet") as handle:
-        return pq.read_table(handle)
-
-
-def _put(store: Store, path: str, table: pa.Table) -> None:
-    with store.staged(path) as local:
-        pq.write_table(table, local, compression="zstd")
-
-
-def _candidates(store: Store, rule: _Rule, names: Sequence[str], before: str | None, shard: str) -> pa.Table:
+def _taking_part(store: Store, rule: _Rule, names: Sequence[str], before: Sequence[_Rule], shard: str) -> pa.Table:
     """Rows that have an image and a value, and that no earlier rule removed; `row_` is their number in the shard."""
     table = read_rows(store, rule.columns, list(dict.fromkeys(["status", *names])), shard)
-    state = _state(store, before, shard, table.num_rows)
-    table = table.append_column("row_", pa.array(range(table.num_rows), pa.int64()))
-    mask = pc.and_(pc.equal(table["status"], OK), pc.invert(state["is_duplicate"]))
+    table = table.append_column(ROW, pa.array(range(table.num_rows), ROW.type))
+    mask = pc.equal(table["status"], OK)
     mask = pc.and_(mask, pc.is_valid(table[rule.values[0]]))  # (pHash, null text) is a pair, a null pHash is nothing
+    for earlier in before:
+        gone = verdicts_on(store, earlier.work, shard)[ROW.name]
+        mask = pc.and_(mask, pc.invert(pc.is_in(table[ROW.name], gone)))
     return table.filter(pc.fill_null(mask, False))
 
 
-def _hashes(store: Store, rule: _Rule, before: str | None, shard: str) -> tuple[Any, Any]:
-    """(uint64 hashes, row numbers) of a shard's candidates."""
-    table = _candidates(store, rule, rule.values, before, shard)
-    return hashes_of(table[rule.values[0]].to_pylist()), table["row_"].to_numpy()
+def _hashes(store: Store, rule: _Rule, before: Sequence[_Rule], shard: str) -> tuple[Any, Any]:
+    """(uint64 hashes, row numbers) of the rows that take part."""
+    table = _taking_part(store, rule, rule.values, before, shard)
+    return hashes_of(table[rule.values[0]].to_pylist()), table[ROW.name].to_numpy()
 
 
-def _spill(store: Store, rule: _Rule, folder: str, before: str | None, shard: str) -> None:
-    """Deal a shard's candidate rows into partitions by the hash of what the rule compares, or by their group."""
-    table = _candidates(store, rule, [*rule.values, *rule.keep_columns], before, shard)
+def _candidates(store: Store, rule: _Rule, before: Sequence[_Rule], shard: str) -> pa.Table:
+    """The rows that take part, with the hash of what the rule compares, or of the group they are in."""
+    table = _taking_part(store, rule, [*rule.values, *rule.keep_columns], before, shard)
     if rule.settings.radius:
-        rows, groups, distance = read_groups(store, folder, shard)
-        table = table.filter(pc.is_in(table["row_"], pa.array(rows)))
+        rows, groups, distance = read_groups(store, rule.work, shard)
+        table = table.filter(pc.is_in(table[ROW.name], pa.array(rows)))
         values: list[Any] = groups.tolist()
         similarity = 1 - distance.astype(np.float32) / HASH_BITS
     else:
         values = list(zip(*(table[name].to_pylist() for name in rule.values), strict=True))
         similarity = np.ones(len(values), np.float32)
     digests = [hashlib.blake2b(repr(value).encode(), digest_size=16).digest() for value in values]
-    parts = [int.from_bytes(digest[:4], "big") % rule.partitions for digest in digests]
-    table = table.select([KEY.name, "row_", *(name for name in rule.keep_columns if name != KEY.name)])
-    table = table.append_column("value_", pa.array(digests, pa.binary(16)))
-    table = table.append_column("similarity_", pa.array(similarity, pa.float32()))
-    table = table.append_column("partition_", pa.array(parts, pa.int32()))
-    for number in sorted(set(parts)):
-        chosen = table.filter(pc.equal(table["partition_"], number)).drop_columns(["partition_"])
-        _put(store, f"{folder}/spill/{number:05d}/{shard}.parquet", chosen)
-    store.put_json(f"{folder}/done/{shard}.json", {"rows": table.num_rows})
+    table = table.select([KEY.name, ROW.name, *(name for name in rule.keep_columns if name != KEY.name)])
+    table = table.append_column(VALUE, pa.array(digests, VALUE.type))
+    return table.append_column("similarity_", pa.array(similarity, pa.float32()))
 
 
-def _decide(store: Store, rule: _Rule, folder: str, shards: Sequence[str], number: int) -> None:
-    """In a partition, keep the first of each group by the rule's ordering."""
-    place = f"{folder}/spill/{number:05d}"
-    numbers = {name: at for at, name in enumerate(shards)}
-    parts = []
-    for name in store.names(place):
-        with store.open(f"{place}/{name}") as handle:
-            part = pq.read_table(handle)
-        at = numbers[name.removesuffix(".parquet")]
-        parts.append(part.append_column("shard_", pa.array([at] * part.num_rows, pa.int64())))
-    verdict = _verdicts(pa.concat_tables(parts), rule.settings.keep) if parts else _NO_VERDICT.empty_table()
-    _put(store, f"{folder}/verdict/{number:05d}.parquet", verdict)
+_VERDICT = pa.schema([SHARD, ROW, ("kept", pa.string()), ("similarity_", pa.float32())])
 
 
-_NO_VERDICT = pa.schema(
-    [("shard_", pa.int64()), ("row_", pa.int64()), ("kept", pa.string()), ("similarity_", pa.float32())]
-)
-
-
-def _verdicts(rows: pa.Table, keep: str) -> pa.Table:
+def _first_of_each(keep: str, rows: pa.Table) -> pa.Table:
     """(shard, row, key kept instead) of every row that is not the first of its group."""
     with duckdb.connect(config={"threads": "1"}) as connection:
         connection.register("candidates", rows)
@@ -244,42 +191,27 @@ def _verdicts(rows: pa.Table, keep: str) -> pa.Table:
             SELECT shard_, row_, kept, similarity_ FROM ranked WHERE place > 1 ORDER BY shard_, row_
             """  # the recipe's own ordering, already bound against the schema
         ).to_arrow_table()
-    return found.cast(_NO_VERDICT)
+    return found.cast(_VERDICT)
 
 
-def _scatter(
-    store: Store, rule: _Rule, folder: str, before: str | None, pool: Sequence[str], shards: Sequence[Shard]
-) -> None:
-    """Give a group of shards the verdicts on their rows."""
-    order = {name: at for at, name in enumerate(pool)}
-    places = [order[shard.name] for shard in shards]
-    first, last = min(places), max(places)
-    verdicts = []
-    for part in store.names(f"{folder}/verdict"):
-        with store.open(f"{folder}/verdict/{part}") as handle:
-            verdicts.append(pq.read_table(handle, filters=[("shard_", ">=", first), ("shard_", "<=", last)]))
-    verdict = pa.concat_tables(verdicts)
-    for shard in shards:
-        state = _state(store, before, shard.name, shard.rows)
-        mine = verdict.filter(pc.equal(verdict["shard_"], order[shard.name]))
-        _put(store, f"{folder}/state/{shard.name}.parquet", _apply(rule, state, mine))
-
-
-def _apply(rule: _Rule, state: pa.Table, verdict: pa.Table) -> pa.Table:
-    rows: list[dict[str, Any]] = state.to_pylist()
-    told = (verdict[name].to_pylist() for name in ("row_", "kept", "similarity_"))
+def _apply(rule: _Rule, verdicts: pa.Table, rows: list[dict[str, Any]]) -> None:
+    told = (verdicts[name].to_pylist() for name in (ROW.name, "kept", "similarity_"))
     for row, kept, similarity in zip(*told, strict=True):
         rows[row] = {
             "is_duplicate": True, "duplicate_of": kept, "duplicate_kind": rule.settings.by,
             "duplicate_similarity": similarity,
             "duplicate_reason": f"{rule.words} as {kept}, which is first by {rule.settings.keep}",
         }  # fmt: skip
-    return pa.Table.from_pylist(rows, schema=pa.schema(_FIELDS))
 
 
-def _commit(store: Store, spec: TableSpec, aligned: TableSpec, folder: str | None, shard: Shard) -> dict[str, int]:
-    state = _state(store, folder, shard.name, shard.rows)
+def _commit(store: Store, spec: TableSpec, aligned: TableSpec, rules: Sequence[_Rule], shard: Shard) -> dict[str, int]:
+    """Write a shard's `duplicates` from the verdicts of all rules; counts them by rule."""
+    nothing: dict[str, Any] = {**dict.fromkeys((field.name for field in _FIELDS), None), "is_duplicate": False}
+    rows = [nothing] * shard.rows
+    for rule in rules:
+        _apply(rule, verdicts_on(store, rule.work, shard.name), rows)
     keys = store.read(aligned, shard.name, [KEY.name]).column(KEY.name)
-    store.write(spec, shard, pa.table([keys, *state.columns], schema=spec.schema), aligned_with=aligned)
-    counts = Counter(state.column("duplicate_kind").drop_null().to_pylist())
+    told = pa.Table.from_pylist(rows, schema=pa.schema(_FIELDS))
+    store.write(spec, shard, pa.table([keys, *told.columns], schema=spec.schema), aligned_with=aligned)
+    counts = Counter(told.column("duplicate_kind").drop_null().to_pylist())
     return {f"duplicate by {kind}": count for kind, count in counts.items()}

@@ -8,9 +8,9 @@ from typing import Any
 import pyarrow as pa
 import pytest
 
+from curate import across
 from curate.config import DedupSettings
 from curate.dedup import near
-from curate.dedup import step as dedup
 from curate.dedup.step import dedup_step
 from curate.errors import PlanError
 from curate.metrics import progress
@@ -88,8 +88,8 @@ def test_equals_brute_force(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, par
     """Guards against groups that are split by shard, by partition or by the order in which workers finish."""
     store = Store(str(tmp_path))
     shards, facts = _pool(store)
-    monkeypatch.setattr(dedup, "ROWS_PER_PARTITION", -(-len(facts) // partitions))
-    monkeypatch.setattr(dedup, "SHARDS_PER_SCATTER", 2)
+    monkeypatch.setattr(across, "ROWS_PER_PARTITION", -(-len(facts) // partitions))
+    monkeypatch.setattr(across, "CHUNKS", 3)
     step = dedup_step(RULES, TABLES, shards)
     with progress("dedup", len(shards)) as ticker:
         counts = step.run(store, shards, _shuffled_map if shuffled else map, ticker)
