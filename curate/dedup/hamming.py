@@ -240,7 +240,8 @@ def _match(distinct: HashArray, radius: int, sink: _AllPairs | _Forest, threads:
         for match in _table_matches(distinct, tables, table, 0):
             sink.take(*match)
 
-    workers = min(len(tables), threads or len(os.sched_getaffinity(0)))
+    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+    workers = min(len(tables), threads or cores)
     with ThreadPoolExecutor(workers) as pool:
         futures = [pool.submit(work, table) for table in range(len(tables))]
         try:
