@@ -10,6 +10,7 @@ from curate.fetch.stage import fetch_stage
 from curate.ingest.adopt import adopt_stage
 from curate.ingest.step import ingest_step
 from curate.score.stage import score_stages
+from curate.score.text_count import text_count_steps
 from curate.select.step import select_stage, threshold_step
 
 
@@ -25,6 +26,11 @@ def run(job: Job) -> None:
     scores = score_stages(recipe.score, samples, images.tables[0])
     job.stream(images, *scores)
     tables = [samples, *images.tables, *(spec for stage in scores for spec in stage.tables)]
+
+    # How often a text stands in the whole pool, where the recipe asks.
+    for counts in text_count_steps(recipe.score, samples, job.shards):
+        job.across(counts)
+        tables += counts.tables
 
     # Copies across the whole pool: one of each group stays.
     if recipe.dedup:
