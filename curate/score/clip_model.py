@@ -7,6 +7,7 @@ Mixed precision on a GPU only; vectors are normalised, and cosines taken, in flo
 
 from collections.abc import Sequence
 from functools import lru_cache
+from threading import Lock
 from typing import Any, cast
 
 import numpy as np
@@ -40,6 +41,7 @@ class ClipModel:
         if self._dtype is not None:
             self._model = self._model.to(memory_format=torch.channels_last)
         self._tokenizer = tokenizer
+        self._tokenizing = Lock()  # tokenizers of the hub refuse a second thread ("Already borrowed")
         steps = list(preprocess.transforms)
         at = next(number for number, step in enumerate(steps) if isinstance(step, transforms.ToTensor))
         normalize = steps[-1]
@@ -56,7 +58,8 @@ class ClipModel:
 
     def tokens(self, text: str) -> npt.NDArray[np.int64]:
         """Token numbers, int64 [context]."""
-        return cast(npt.NDArray[np.int64], self._tokenizer([text])[0].numpy())
+        with self._tokenizing:
+            return cast(npt.NDArray[np.int64], self._tokenizer([text])[0].numpy())
 
     def embed_images(self, pixels: Sequence[Uint8], preprocess: str) -> Float32:
         """Unit vectors float32 [N, d] of pictures as `pixels` gives them (exact) or of any size (fast)."""

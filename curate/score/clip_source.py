@@ -17,6 +17,7 @@ from curate.score.weight_files import sha256_of, sha256_of_folder
 from curate.score.weights import by_clip_tag, find, in_hub_cache
 
 CONFIG_NAME = "open_clip_config.json"
+TOKENIZER_NAMES = ("tokenizer.json", "tokenizer_config.json", "spiece.model")
 WEIGHT_NAMES = ("open_clip_model.safetensors", "open_clip_pytorch_model.bin")
 
 
@@ -88,6 +89,17 @@ class ClipSource:
                 raise WeightsError(f"{self.where}.pretrained: no file {self.file}")
         else:
             self._check_tag()
+        if not self.folder:
+            self._check_text_tower()
+
+    def _check_text_tower(self) -> None:
+        """Some models take their tokenizer, or the shape of their text tower, from another repository of the hub."""
+        text = self.config.get("text_cfg", {})
+        for key, names in (("hf_tokenizer_name", TOKENIZER_NAMES), ("hf_model_name", ("config.json",))):
+            repository = text.get(key)
+            if repository and not any(in_hub_cache(repository, name) for name in names):
+                wanted = f"`hf download {repository} --include '*.json' '*.model'`"
+                raise WeightsError(f"{self.where}: {self.model} needs {repository} (its text tower); {wanted}")
 
     def _check_tag(self) -> None:
         known = by_clip_tag(self.model, self.pretrained or "")

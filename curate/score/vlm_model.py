@@ -4,6 +4,8 @@ Images are processed one by one on CPU threads and put together here: texts padd
 is the answer's; image tensors stacked, with empty tiles where an image has fewer (SmolVLM leaves those out itself).
 """
 
+import copy
+import threading
 from collections.abc import Mapping, Sequence
 from typing import Any
 
@@ -29,6 +31,7 @@ class VlmModel:
         torch.set_num_threads(device.threads)
         self._device = device.name
         processors: Any = AutoProcessor  # untyped
+        self._own = threading.local()  # a processor a thread: their tokenizers refuse a second one
         self._processor = processors.from_pretrained(source)
         dtype = torch.bfloat16 if device.name == "cuda" else torch.float32  # what these models were trained in
         model: Any = AutoModelForImageTextToText.from_pretrained(source, use_safetensors=True, dtype=dtype)
@@ -43,7 +46,9 @@ class VlmModel:
 
     def prepare(self, image: Image.Image) -> Question:
         """Tensors of one image and the question, each with a batch of one."""
-        found = self._processor(text=[self._text], images=[[image]], return_tensors="pt")
+        if not hasattr(self._own, "processor"):
+            self._own.processor = copy.deepcopy(self._processor)
+        found = self._own.processor(text=[self._text], images=[[image]], return_tensors="pt")
         return {name: value for name, value in found.items() if isinstance(value, torch.Tensor)}
 
     def ask(self, questions: Sequence[Question]) -> Float32:
