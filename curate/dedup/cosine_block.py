@@ -175,8 +175,9 @@ def _principal_axes(scatter: torch.Tensor, count: int) -> torch.Tensor:
     """
     start = np.random.default_rng(0).standard_normal((len(scatter), count)).astype(np.float32)
     basis = torch.linalg.qr(scatter @ (scatter @ torch.from_numpy(start).to(scatter.device)))[0]
-    turn = torch.linalg.eigh(basis.T @ scatter @ basis)[1].flip(1)
-    return basis @ turn
+    turn: torch.Tensor = torch.linalg.eigh(basis.T @ scatter @ basis)[1].flip(1)
+    axes: torch.Tensor = basis @ turn
+    return axes
 
 
 def rounding_of(width: int) -> float:

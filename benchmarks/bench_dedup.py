@@ -1,0 +1,242 @@
+"""Time, memory and recall of the dedup kernels, peers beside them on the same work, in one run.
+
+    python benchmarks/bench_dedup.py --quick     # a minute: sizes divided by 20
+    python benchmarks/bench_dedup.py             # 10 M hashes, 1 M vectors; about half an hour with the peers
+
+Floors (2 cores): 10 M hashes with planted pairs, radius 3, in 60 s and 4 GB; 1 M x 512 float16 at cosine 0.9 in
+300 s with recall >= 0.99; growth exponents <= 1.15 and <= 1.3. Each measurement runs in a process of its own, so that
+its peak memory is its own; making the data is not timed.
+"""
+
+import argparse
+import json
+import os
+import platform
+import resource
+import subprocess
+import sys
+import time
+from collections.abc import Callable
+from pathlib import Path
+
+import numpy as np
+
+HASH_RADIUS, COSINE = 3, 0.9
+PLANTED = 0.02  # share of rows that are near-copies
+
+
+def make_hashes(n: int) -> tuple[np.ndarray, np.ndarray]:
+    """pHash-like values: top bit 1, exactly 32 bits set; planted pairs at distance 2 or less, popcount kept."""
+    draw = np.random.default_rng(0)
+    hashes = np.empty(n, np.uint64)
+    for start in range(0, n, 1 << 17):
+        values = draw.random((min(1 << 17, n - start), 63), dtype=np.float32)
+        bits = np.ones((len(values), 64), np.uint8)
+        bits[:, 1:] = values <= np.partition(values, 30, axis=1)[:, 30:31]
+        hashes[start : start + len(values)] = np.packbits(bits, axis=1).view(">u8").ravel()
+    count = int(n * PLANTED)
+    copies = draw.permutation(n)[: 2 * count].reshape(2, -1)
+    flips = np.uint64(1) << draw.integers(0, 63, (2, count)).astype(np.uint64)
+    hashes[copies[1]] = hashes[copies[0]] ^ flips[0] ^ flips[1]
+    return hashes, np.sort(copies.T, axis=1)
+
+
+def make_vectors(n: int, width: int = 512) -> tuple[np.ndarray, np.ndarray]:
+    """Gaussian float16 vectors (no clusters: the hardest for cells); planted pairs at cosine 0.905 … 1."""
+    draw = np.random.default_rng(0)
+    vectors = np.empty((n, width), np.float16)
+    for start in range(0, n, 65536):
+        vectors[start : start + 65536] = draw.standard_normal((min(65536, n - start), width), dtype=np.float32)
+    count = int(n * PLANTED)
+    copies = draw.permutation(n)[: 2 * count].reshape(2, -1)
+    cosine = draw.uniform(0.925, 1, (count, 1)).astype(np.float32)
+    other = draw.standard_normal((count, width), dtype=np.float32)
+    vectors[copies[1]] = cosine * vectors[copies[0]] + np.sqrt(1 - cosine**2) * other
+    return vectors, np.sort(copies.T, axis=1)
+
+
+def recall_of(found: np.ndarray, planted: np.ndarray, n: int) -> float:
+    """Share of the planted pairs that were found."""
+    return float(np.isin(planted[:, 0] * n + planted[:, 1], found[:, 0] * n + found[:, 1]).mean())
+
+
+def ours_hamming(hashes: np.ndarray) -> np.ndarray:
+    """curate.dedup.hamming.pairs_within."""
+    from curate.dedup.hamming import pairs_within
+
+    return pairs_within(hashes, HASH_RADIUS)
+
+
+def numpy_hamming(hashes: np.ndarray) -> np.ndarray:
+    """All with all in numpy: the floor to beat."""
+    found = []
+    for row in range(len(hashes) - 1):
+        near = np.flatnonzero(np.bitwise_count(hashes[row + 1 :] ^ hashes[row]) <= HASH_RADIUS)
+        found += [(row, row + 1 + at) for at in near]
+    return np.array(found, np.int64).reshape(-1, 2)
+
+
+def faiss_hamming(hashes: np.ndarray) -> np.ndarray:
+    """FAISS IndexBinaryMultiHash, 4 maps of 16 bits (exact for radius 3), range search of all against all."""
+    import faiss
+
+    index = faiss.IndexBinaryMultiHash(64, 4, 16)
+    codes = hashes.astype("<u8").view(np.uint8).reshape(-1, 8)
+    index.add(codes)
+    limits, _, other = index.range_search(codes, HASH_RADIUS + 1)
+    row = np.repeat(np.arange(len(hashes)), np.diff(limits.astype(np.int64)))
+    return np.stack([row, other], axis=1)[row < other]
+
+
+def ours_cosine(vectors: np.ndarray) -> np.ndarray:
+    """curate.dedup.cells: train, assign, pairs in cells."""
+    from curate.dedup.cells import PROBES, ROWS_PER_CELL, SAMPLE_PER_CELL, measure_recall, pairs_over_cells, train_cells
+
+    cells = max(1, round(len(vectors) * PROBES / ROWS_PER_CELL))
+    centres = train_cells(vectors[:: max(1, len(vectors) // (cells * SAMPLE_PER_CELL))], len(vectors))
+    pairs, _ = pairs_over_cells(vectors, centres, COSINE)
+    recall = measure_recall(vectors, COSINE, pairs)
+    print(f"cells {len(centres)}, recall by its own sample {recall.rate:.4f} (>= {recall.lower:.4f})", file=sys.stderr)
+    return pairs
+
+
+def faiss_cosine(vectors: np.ndarray) -> np.ndarray:
+    """FAISS flat inner product, range search of all against all."""
+    import faiss
+
+    unit = vectors.astype(np.float32)
+    faiss.normalize_L2(unit)
+    index = faiss.IndexFlatIP(unit.shape[1])
+    index.add(unit)
+    limits, _, other = index.range_search(unit, COSINE)
+    row = np.repeat(np.arange(len(unit)), np.diff(limits.astype(np.int64)))
+    return np.stack([row, other], axis=1)[row < other]
+
+
+def semdedup(vectors: np.ndarray) -> np.ndarray:
+    """SemDeDup as published: one cell a vector (about 1,000 rows each), a cell's full matrix, earlier rows only."""
+    import faiss
+
+    unit = vectors.astype(np.float32)
+    faiss.normalize_L2(unit)
+    means = faiss.Kmeans(unit.shape[1], max(1, len(unit) // 1000), niter=10, seed=1234, spherical=True)
+    means.train(unit)
+    near, cell = means.index.search(unit, 1)
+    found = []
+    for number in range(max(1, len(unit) // 1000)):
+        rows = np.flatnonzero(cell[:, 0] == number)
+        rows = rows[np.argsort(near[rows, 0], kind="stable")]
+        matrix = np.triu(unit[rows] @ unit[rows].T, 1)
+        if len(rows):
+            earlier = matrix.argmax(axis=0)
+            gone = np.flatnonzero(matrix.max(axis=0) > COSINE)
+            found.append(np.sort(np.stack([rows[earlier[gone]], rows[gone]], axis=1), axis=1))
+    return np.concatenate([np.empty((0, 2), np.int64), *found])
+
+
+TASKS: dict[str, tuple[Callable[[np.ndarray], np.ndarray], Callable[[int], tuple[np.ndarray, np.ndarray]]]] = {
+    "hashes: curate": (ours_hamming, make_hashes),
+    "hashes: FAISS IndexBinaryMultiHash": (faiss_hamming, make_hashes),
+    "hashes: numpy, all with all": (numpy_hamming, make_hashes),
+    "vectors: curate cells": (ours_cosine, make_vectors),
+    "vectors: FAISS flat range search": (faiss_cosine, make_vectors),
+    "vectors: SemDeDup as published": (semdedup, make_vectors),
+}
+
+
+def measure_here(task: str, n: int) -> None:
+    """Run one measurement in this process and print it as JSON."""
+    work, make = TASKS[task]
+    data, planted = make(n)
+    wall, cpu = time.perf_counter(), time.process_time()
+    found = work(data)
+    result = {
+        "task": task, "n": n, "wall_s": time.perf_counter() - wall, "cpu_s": time.process_time() - cpu,
+        "rss_gb": resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1e6, "pairs": len(found),
+        "recall": recall_of(found, planted, n),
+    }  # fmt: skip
+    print(json.dumps(result))
+
+
+def measure(task: str, n: int, limit_s: float) -> dict[str, float] | None:
+    """Run one measurement in a fresh process; None when it does not finish in time."""
+    command = [sys.executable, __file__, "--one", task, "--n", str(n)]
+    try:
+        done = subprocess.run(command, capture_output=True, text=True, timeout=limit_s, check=True)
+    except subprocess.TimeoutExpired:
+        print(f"| {task} | {n:,} | > {limit_s:.0f} | | | | |", flush=True)
+        return None
+    sys.stderr.write(done.stderr[-300:])
+    row: dict[str, float] = json.loads(done.stdout.splitlines()[-1])
+    print(
+        f"| {task} | {n:,} | {row['wall_s']:.1f} | {row['cpu_s']:.1f} | {row['rss_gb']:.2f} | {row['pairs']:,} "
+        f"| {row['recall']:.4f} |", flush=True,
+    )  # fmt: skip
+    return row
+
+
+def exponent(rows: list[dict[str, float] | None]) -> float:
+    """Slope of log CPU time over log N."""
+    kept = [row for row in rows if row]
+    if len(kept) < 2:
+        return float("nan")
+    slope = np.polyfit(np.log([row["n"] for row in kept]), np.log([row["cpu_s"] for row in kept]), 1)[0]
+    return float(slope)
+
+
+def paper_plan(row: dict[str, float]) -> str:
+    """What a billion hashes would take, from the plan's own model scaled by the measured rate."""
+    from curate.dedup.hamming_tables import plan_tables
+
+    hashes = make_hashes(200_000)[0]
+    here, there = (plan_tables(hashes, HASH_RADIUS, n=n) for n in (int(row["n"]), 10**9))
+    core_s = there.predicted_ns * row["cpu_s"] / here.predicted_ns
+    return (
+        f"1,000,000,000 hashes on paper: {len(there.blocks)} blocks, {len(there)} tables, "
+        f"{there.predicted_candidates:.2g} candidates, {core_s / 3600:.1f} core-hours, {8 * len(there)} GB of "
+        f"hashes through the partitions (16 bytes of id each on top), about 100 bytes a hash in a worker: 4 GB hold "
+        f"40 M, so {max(1, 10**9 // 40_000_000)} partitions a table"
+    )
+
+
+def main() -> None:
+    """Print the table, the ratios, the exponents and the plan on paper."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--quick", action="store_true", help="sizes divided by 20")
+    parser.add_argument("--only", choices=["hashes", "vectors"], help="half of the benchmark")
+    parser.add_argument("--limit", type=float, default=600, help="seconds a measurement may take")
+    parser.add_argument("--one", choices=list(TASKS), help=argparse.SUPPRESS)
+    parser.add_argument("--n", type=int, help=argparse.SUPPRESS)
+    options = parser.parse_args()
+    if options.one:
+        measure_here(options.one, options.n)
+        return
+    scale = 20 if options.quick else 1
+    print(f"{platform.machine()}, {os.cpu_count()} cores, load {os.getloadavg()[0]:.1f}, numpy {np.__version__}\n")
+    print("| task | N | wall s | CPU s | peak GB | pairs | recall of planted |\n|---|---|---|---|---|---|---|")
+    notes = []
+    for kind, ours, sizes, peers in (
+        ("hashes", "hashes: curate", (1_000_000, 2_000_000, 4_000_000, 8_000_000), {
+            "hashes: FAISS IndexBinaryMultiHash": 1_000_000, "hashes: numpy, all with all": 200_000,
+        }),
+        ("vectors", "vectors: curate cells", (250_000, 500_000, 1_000_000), {
+            "vectors: FAISS flat range search": 100_000, "vectors: SemDeDup as published": 100_000,
+        }),
+    ):  # fmt: skip
+        if options.only not in (None, kind):
+            continue
+        rows = [measure(ours, n // scale, options.limit) for n in sizes]
+        notes.append(f"{ours}: CPU time grows as N^{exponent(rows):.2f}")
+        if kind == "hashes" and (largest := measure(ours, 10_000_000 // scale, options.limit)):
+            notes.append(paper_plan(largest))
+        for peer, n in peers.items():
+            theirs, same = measure(peer, n // scale, options.limit), measure(ours, n // scale, options.limit)
+            if theirs and same:
+                ratio = theirs["cpu_s"] / same["cpu_s"]
+                notes.append(f"{peer}: {ratio:.2f} times the CPU time of curate at N = {n // scale:,}")
+    print("\n" + "\n".join(f"- {note}" for note in notes))
+
+
+if __name__ == "__main__":
+    sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+    main()
