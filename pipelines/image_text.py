@@ -8,6 +8,7 @@ from curate.emit.step import emit_step
 from curate.engine.job import Job
 from curate.fetch.stage import fetch_stage
 from curate.ingest.adopt import adopt_stage
+from curate.ingest.features import adopt_features_stage
 from curate.ingest.step import ingest_step
 from curate.score.stage import score_stages
 from curate.score.text_count import text_count_steps
@@ -24,8 +25,10 @@ def run(job: Job) -> None:
     # Their images, by URL or where an existing pool keeps them, and all scores from one decode.
     images = adopt_stage(samples) if recipe.ingest.adopt else fetch_stage(recipe.fetch, samples)
     scores = score_stages(recipe.score, samples, images.tables[0])
-    job.stream(images, *scores)
-    tables = [samples, *images.tables, *(spec for stage in scores for spec in stage.tables)]
+    # Features that a pool brought along (DataComp's .npz) become embeddings without a model.
+    features = [adopt_features_stage(recipe.ingest, store, samples)] if recipe.ingest.features else []
+    job.stream(images, *features, *scores)
+    tables = [samples, *(spec for stage in (images, *features, *scores) for spec in stage.tables)]
 
     # How often a text stands in the whole pool, where the recipe asks.
     for counts in text_count_steps(recipe.score, samples, job.shards):
