@@ -2,6 +2,7 @@
 
     python benchmarks/bench_fetch.py --n 5000              # HTTP and TLS, 256 border and 512 keep_ratio_largest
     python benchmarks/bench_fetch.py --part faults         # 10 % of hosts hang, 20 % are dead: ours with and without
+    python benchmarks/bench_fetch.py --part kills --n 100000   # faults, two SIGKILLs: no row lost or fetched twice
     python benchmarks/bench_fetch.py --part transport      # which client library: bytes only, nothing decoded
 
 The server is a process of its own; CPU seconds are those of the client and all its children. "CPU ms/image" leaves
@@ -110,6 +111,7 @@ def client_ours(table: list[str], mode: str, extra: dict) -> dict:
     from curate.stage import run_shard
     from curate.store import Store
 
+    rows = extra.pop("shard_rows", SHARD_ROWS)
     root = tempfile.mkdtemp(prefix="bench-ours-")
     store = Store(root)
     samples = TableSpec("samples", 1, pa.schema(SAMPLE_FIELDS))
@@ -118,8 +120,8 @@ def client_ours(table: list[str], mode: str, extra: dict) -> dict:
     stage.setup()
     counts: dict[str, int] = {}
     start = time.perf_counter()
-    for number, first in enumerate(range(0, len(table), SHARD_ROWS)):
-        part = table[first : first + SHARD_ROWS]
+    for number, first in enumerate(range(0, len(table), rows)):
+        part = table[first : first + rows]
         texts = ["a caption"] * len(part)
         shard = Shard(f"{number:05d}", len(part))
         store.write(samples, shard, pa.table([keys_of(part, texts), part, texts], schema=samples.schema))
@@ -202,16 +204,108 @@ def part_faults(arguments: argparse.Namespace, ports: dict) -> None:
         bad += [f"http://127.0.0.{100 + number}:{port}/{image}.jpg" for image in range(per_host)]
     mixed = [url for _, url in sorted((hash_of(url), url) for url in good + bad)]
     print("| table | rows | ok | good images/s | CPU ms/good image | share of rate |\n|---|---|---|---|---|---|")
-    rates = []
-    for label, table in (("good hosts", good), ("10 % hang, 20 % dead", mixed)):
-        got = run_client("ours", table, "256 border", arguments.folder)
-        ok = got.result["counts"].get("ok", 0)
-        rates.append(ok / got.result["work_s"])
-        cpu_ms = 1e3 * got.cpu_s / max(ok, 1)
-        print(
-            f"| {label} | {len(table)} | {ok} | {rates[-1]:.0f} | {cpu_ms:.2f} | {rates[-1] / rates[0]:.2f} |",
-            flush=True,
-        )
+    best = {"good hosts": 0.0, "10 % hang, 20 % dead": 0.0}
+    for _ in range(arguments.repeats):  # in turns, and the best of each: other work on the machine only slows
+        for label, table in zip(best, (good, mixed), strict=True):
+            got = run_client("ours", table, "256 border", arguments.folder, {"shard_rows": 10_000})
+            ok = got.result["counts"].get("ok", 0)
+            rate = ok / got.result["work_s"]
+            best[label] = max(best[label], rate)
+            share = best[label] / best["good hosts"]
+            print(
+                f"| {label} | {len(table)} | {ok} | {rate:.0f} | {1e3 * got.cpu_s / max(ok, 1):.2f} | {share:.2f} |",
+                flush=True,
+            )
+
+
+def part_kills(arguments: argparse.Namespace, ports: dict) -> None:
+    """A table with faults, killed twice: rows in = rows out, and nothing is fetched again after its commit."""
+    base = f"http://127.0.0.2:{ports['http']}/tiny/"
+    root = Path(tempfile.mkdtemp(prefix="bench-kills-"))
+    command = [sys.executable, str(HERE), "kills", str(root), base, str(arguments.n)]
+    committed: set[int] = set()
+    start = time.perf_counter()
+    for goal in (37 * arguments.n // 100, 73 * arguments.n // 100, None):
+        child = subprocess.Popen(command, start_new_session=True)
+        while child.poll() is None:
+            time.sleep(0.5)
+            if goal is not None and sum(_counts(base).values()) >= goal:
+                child.kill()
+                child.wait()
+                committed |= {int(path.stem) for path in (root / "images").glob("*/*.parquet")}
+                before = _counts(base)
+                break
+        if goal is not None:
+            assert child.returncode == -9, "ended before it could be killed"
+    asked = _counts(base)
+    late = {number for number in asked if int(number) // KILL_ROWS in committed and asked[number] > 1}
+    again = sum(count - 1 for count in asked.values())
+    wrong = check_kills(root, arguments.n)
+    assert not late and not wrong and len(asked) == arguments.n and before
+    took = time.perf_counter() - start
+    print("| rows in | rows out | wrong | requests again after a commit | again, in flight at a kill | s |")
+    print("|---|---|---|---|---|---|")
+    print(f"| {arguments.n} | {arguments.n} | {len(wrong)} | {len(late)} | {again} | {took:.0f} |")
+    shutil.rmtree(root)
+
+
+KILL_ROWS = 10_000
+
+
+def _counts(base: str) -> dict[str, int]:
+    import urllib.request
+
+    with urllib.request.urlopen(base + "counts") as response:
+        return json.loads(response.read())
+
+
+def _tables(root: Path):
+    import pyarrow as pa
+
+    from curate.config import FetchSettings
+    from curate.fetch.stage import fetch_stage
+    from curate.schema import SAMPLE_FIELDS, TableSpec
+    from curate.store import Store
+
+    samples = TableSpec("samples", 1, pa.schema(SAMPLE_FIELDS))
+    settings = FetchSettings(allow_networks=["127.0.0.0/8"], retries=0, per_host=64)
+    return Store(str(root)), samples, fetch_stage(settings, samples)
+
+
+def client_kills(root: Path, base: str, count: int) -> None:
+    """Fetch all shards that are not committed."""
+    import pyarrow as pa
+
+    from curate.schema import Shard, keys_of
+    from curate.stage import run_shard
+
+    store, samples, stage = _tables(root)
+    stage.setup()
+    for first in range(0, count, KILL_ROWS):
+        numbers = range(first, min(count, first + KILL_ROWS))
+        part, texts = [f"{base}{number}.jpg" for number in numbers], ["a caption"] * len(numbers)
+        shard = Shard(f"{first // KILL_ROWS:05d}", len(part))
+        if not store.has(samples, shard.name):
+            store.write(samples, shard, pa.table([keys_of(part, texts), part, texts], schema=samples.schema))
+        run_shard(store, stage, shard)
+    stage.teardown()
+
+
+def check_kills(root: Path, count: int) -> list[int]:
+    """Numbers of rows that are missing, out of order, or whose status is not that of their fault."""
+    store, samples, stage = _tables(root)
+    wrong = []
+    for first in range(0, count, KILL_ROWS):
+        name = f"{first // KILL_ROWS:05d}"
+        found = store.read_joined([(samples, ["url"]), (stage.tables[0], ["status"])], name).to_pylist()
+        for number, row in enumerate(found, start=first):
+            fate = "http_4xx" if number % 10 == 3 else "http_5xx" if number % 10 == 7 else "ok"
+            fate = "connect" if number % 50 == 11 else fate
+            if row["status"] != fate or not row["url"].endswith(f"/{number}.jpg"):
+                wrong.append(number)
+        if len(found) != min(KILL_ROWS, count - first):
+            wrong.append(first)
+    return wrong
 
 
 def hash_of(text: str) -> int:
@@ -239,11 +333,15 @@ def part_transport(arguments: argparse.Namespace, ports: dict) -> None:
             print(f"| {name} | {scheme} | {rate:.0f} | {cpu:.2f} | {got.peak_mb:.0f} |", flush=True)
 
 
+PARTS = {"compare": part_compare, "faults": part_faults, "kills": part_kills, "transport": part_transport}
+
+
 def main() -> None:
     """Parse, serve, run."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--part", choices=["compare", "faults", "transport"], default="compare")
+    parser.add_argument("--part", choices=["compare", "faults", "kills", "transport"], default="compare")
     parser.add_argument("--n", type=int, default=5000, help="URLs")
+    parser.add_argument("--repeats", type=int, default=3, help="of the faults part")
     parser.add_argument("--schemes", nargs="+", default=["http", "https"])
     parser.add_argument("--modes", nargs="+", default=list(MODES))
     parser.add_argument("--clients", nargs="+", default=["img2dataset", "ours"])
@@ -254,13 +352,15 @@ def main() -> None:
     machine = f"{platform.processor() or platform.machine()}, {os.cpu_count()} cores"
     print(f"{machine}, load {os.getloadavg()[0]:.1f} at the start, n={arguments.n}\n")
     with server(arguments.folder) as ports:
-        {"compare": part_compare, "faults": part_faults, "transport": part_transport}[arguments.part](arguments, ports)
+        PARTS[arguments.part](arguments, ports)
 
 
 if __name__ == "__main__":
     if sys.argv[1:2] == ["client"]:
         name, path, mode, extra = sys.argv[2:]
         print(json.dumps(CLIENTS[name](json.loads(Path(path).read_text()), mode, json.loads(extra))))
+    elif sys.argv[1:2] == ["kills"]:
+        client_kills(Path(sys.argv[2]), sys.argv[3], int(sys.argv[4]))
     elif sys.argv[1:2] == ["transport"]:
         sys.path.insert(0, str(HERE.parent))
         import fetch_transports

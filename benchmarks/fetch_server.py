@@ -85,6 +85,8 @@ class Images(asyncio.Protocol):
     """Just enough HTTP/1.1: keep-alive, GET, Connection: close."""
 
     answers: ClassVar[list[tuple[bytes, bytes]]] = []
+    asked: ClassVar[dict[str, int]] = {}
+    small = cv2.imencode(".jpg", np.full((64, 96, 3), 127, np.uint8))[1].tobytes()
 
     def connection_made(self, transport: asyncio.BaseTransport) -> None:
         self.transport, self.buffer = transport, b""
@@ -95,13 +97,33 @@ class Images(asyncio.Protocol):
             head, self.buffer = self.buffer.split(b"\r\n\r\n", 1)
             path = head.split(b" ", 2)[1]
             number = path[1:-4]
-            if path.endswith(b".jpg") and number.isdigit():
+            if path.startswith(b"/tiny/"):
+                self.tiny(path)
+            elif path.endswith(b".jpg") and number.isdigit():
                 first, body = self.answers[int(number) % len(self.answers)]
                 self.transport.writelines([first, body])
             else:
                 self.transport.write(b"HTTP/1.1 404 Not Found\r\nContent-Length: 0\r\n\r\n")
             if b"connection: close" in head.lower():
                 self.transport.close()
+
+    def tiny(self, path: bytes) -> None:
+        """`/tiny/<number>.jpg`: a small picture, with faults for some; `/tiny/counts`: how often each was asked for."""
+        if path == b"/tiny/counts":
+            body = json.dumps(self.asked).encode()
+            self.transport.write(b"HTTP/1.1 200 OK\r\nContent-Length: %d\r\n\r\n" % len(body) + body)
+            return
+        number = int(path[6:-4])
+        self.asked[str(number)] = self.asked.get(str(number), 0) + 1
+        if number % 10 == 3:
+            self.transport.write(b"HTTP/1.1 404 Not Found\r\nContent-Length: 0\r\n\r\n")
+        elif number % 10 == 7:
+            self.transport.write(b"HTTP/1.1 500 Oops\r\nContent-Length: 0\r\n\r\n")
+        elif number % 50 == 11:
+            self.transport.write(b"HTTP/1.1 200 OK\r\nContent-Length: 99999\r\n\r\n" + self.small[:300])
+            self.transport.close()
+        else:
+            self.transport.writelines([b"HTTP/1.1 200 OK\r\nContent-Length: %d\r\n\r\n" % len(self.small), self.small])
 
 
 class Silence(asyncio.Protocol):
