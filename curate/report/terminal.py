@@ -18,7 +18,8 @@ def print_plan(out: Console, job: Job) -> None:
     table = Table("step", "writes", "fingerprint", "to do", "of", title=f"{job.recipe.pipeline} → {job.store.root}")
     for record in job.records:
         prints = "\n".join(job.tables[name].fingerprint for name in record.tables)
-        table.add_row(record.name, "\n".join(record.tables), prints, f"{record.todo:,}", f"{record.of:,}")
+        todo, of = (f"{record.todo:,}", f"{record.of:,}") if job.shards else ("all", "not ingested yet")
+        table.add_row(record.name, "\n".join(record.tables), prints, todo, of)
     out.print(table)
 
 
