@@ -8,6 +8,8 @@
 reading the tar, decoding, preprocessing, batching, the same networks, Arrow, Parquet. CPU-seconds are of this process;
 rounds alternate and the least of each counts, since this machine is shared. Random weights cost what trained ones cost.
 
+Bare is decode + forward; `/ all three` counts the preprocessing as well, in which light scorers do all their work.
+
 Floor: stage <= 1.15 x bare in CPU-seconds on a CPU (`--assert-floor`); 0.9 of the bare rate on a GPU.
 """
 
@@ -209,6 +211,27 @@ def plain_loop(work: Work, batch: int) -> None:
             model(pixel_values=pixels, input_ids=tokens)
 
 
+def modes(work: Work, model: str) -> None:
+    """Print how far the two preprocessings lie apart: pixels, image embeddings, similarities."""
+    found: dict[str, dict[str, Any]] = {}
+    for mode in ("exact", "fast"):
+        (scorer,) = build({"clip_bench": {"scorer": "clip", "model": model, "preprocess": mode}})
+        assert isinstance(scorer, ImageScorer)
+        scorer.load(device_of(scorer))
+        pictures = [item for item in map(decode, work.images) if isinstance(item, Picture)]
+        prepared = [scorer.prepare(*pair) for pair in zip(pictures, work.texts, strict=True)]
+        parts = [scorer.score(prepared[start : start + 32]) for start in range(0, len(prepared), 32)]
+        found[mode] = {name: np.concatenate([np.stack(part[name]) for part in parts]) for name in parts[0]}
+    exact, fast = found["exact"], found["fast"]
+    cosine = (exact["clip_bench_image"] * fast["clip_bench_image"]).sum(axis=1)
+    apart = np.abs(exact["clip_similarity_bench"] - fast["clip_similarity_bench"])
+    spread = float(np.std(exact["clip_similarity_bench"]))
+    print("| images | cosine of the two embeddings, least / mean | similarity apart, mean / greatest | its spread |")
+    print("|---|---|---|---|")
+    near = f"{cosine.min():.6f} / {cosine.mean():.6f}"
+    print(f"| {len(cosine)} | {near} | {apart.mean():.6f} / {apart.max():.6f} | {spread:.4f} |")
+
+
 def sections(names: Sequence[str], model: str, device: str) -> dict[str, dict[str, dict[str, Any]]]:
     """Title to `score:` section: each scorer alone, then all together."""
     clip = {"clip_bench": {"scorer": "clip", "model": model, "device": device}}
@@ -237,6 +260,7 @@ def main() -> None:
     parser.add_argument("--device", default="auto", choices=("auto", "cpu", "cuda"))
     parser.add_argument("--rounds", type=int, default=3)
     parser.add_argument("--peer", action="store_true", help="a plain transformers loop beside it (ViT-B/32 only)")
+    parser.add_argument("--modes", action="store_true", help="how far `fast` preprocessing is from `exact`; no timing")
     parser.add_argument("--assert-floor", action="store_true")
     settings = parser.parse_args()
     os.environ["HF_HUB_OFFLINE"] = "1"
@@ -247,8 +271,11 @@ def main() -> None:
         model = random_clip(Path(folder) / "clip", settings.model)
         print(f"\n{platform.processor() or platform.machine()}, {os.cpu_count()} cores, {settings.count} images, "
               f"{settings.model}, device {settings.device}, CPU-seconds, {time.strftime('%Y-%m-%d')}\n")  # fmt: skip
-        print("| scorers | bare decode | bare forward | preprocessing | stage | stage / bare | stage img/s | peak MB |")
-        print("|---|---|---|---|---|---|---|---|")
+        if settings.modes:
+            modes(work, model)
+            return
+        print("| scorers | decode | forward | preprocessing | stage | / bare | / all three | stage img/s | peak MB |")
+        print("|---|---|---|---|---|---|---|---|---|")
         for title, section in sections(names, model, settings.device).items():
             costs = measure(section, work, settings.rounds, settings.device)
             ratios[title] = costs["stage"].cpu_s / (costs["decode"].cpu_s + costs["forward"].cpu_s)
@@ -264,7 +291,9 @@ def main() -> None:
         plain_loop(work, 32)
         cost = least([timed(lambda: plain_loop(work, 32), "cpu") for _ in range(settings.rounds)])
         rate = settings.count / cost.wall_s
-        print(f"| plain transformers loop, ViT-B/32 | | | | {cost.cpu_s:.2f} | | {rate:.1f} | {cost.peak_rss_mb:.0f} |")
+        print(
+            f"| plain transformers loop, ViT-B/32 | | | | {cost.cpu_s:.2f} | | | {rate:.1f} | {cost.peak_rss_mb:.0f} |"
+        )
     if settings.assert_floor and ratios["clip"] > FLOOR:
         raise SystemExit(f"the stage costs {ratios['clip']:.3f} x the bare work; the floor is {FLOOR}")
 

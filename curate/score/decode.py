@@ -14,6 +14,8 @@ import numpy.typing as npt
 from PIL import Image
 
 Image.init()
+# A bomb is a status here, and remarks on palettes and EXIF say nothing of pixels. Set once: threads decode.
+warnings.filterwarnings("ignore", module=r"PIL\.")
 # Decoders that web images need (JPEG covers MPO), of those that this Pillow was built with; its others (PSD, FITS,
 # EPS …) are rarely fuzzed and never wanted here.
 FORMATS: list[str] = [
@@ -49,18 +51,16 @@ class Picture:
 
 def decode(data: bytes) -> Picture | Unscorable:
     """Decode to the last pixel. Reasons: `not_image`, `too_many_pixels`, `decode_error`."""
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore")  # a bomb is checked below; palette and EXIF warnings say nothing of pixels
-        try:
-            image = Image.open(io.BytesIO(data), formats=FORMATS)
-        except Image.DecompressionBombError:
-            return Unscorable("too_many_pixels")
-        except Exception:  # Pillow's plug-ins raise whatever a broken header makes them raise
-            return Unscorable("not_image")
-        if image.width * image.height > MAX_PIXELS:
-            return Unscorable("too_many_pixels")
-        try:
-            image.load()
-        except Exception:  # as above, for broken bodies
-            return Unscorable("decode_error")
+    try:
+        image = Image.open(io.BytesIO(data), formats=FORMATS)
+    except Image.DecompressionBombError:
+        return Unscorable("too_many_pixels")
+    except Exception:  # Pillow's plug-ins raise whatever a broken header makes them raise
+        return Unscorable("not_image")
+    if image.width * image.height > MAX_PIXELS:
+        return Unscorable("too_many_pixels")
+    try:
+        image.load()
+    except Exception:  # as above, for broken bodies
+        return Unscorable("decode_error")
     return Picture(image, len(data))

@@ -18,6 +18,7 @@ class Weight:
     size_bytes: int | None = None
     url: str | None = None
     hub: tuple[str, str] | None = None
+    whole: bool = False  # of the repository all that `transformers` reads belongs to it
     clip_tags: tuple[str, ...] = ()
     note: str = ""
 
@@ -118,11 +119,12 @@ _ENTRIES = (
         url="https://dl.fbaipublicfiles.com/sscd-copy-detection/sscd_disc_large.torchscript.pt",
     ),
     Weight(
-        "smolvlm2-2.2b", "Apache-2.0", "image and a question; `hf download HuggingFaceTB/SmolVLM2-2.2B-Instruct`",
+        "smolvlm2-2.2b", "Apache-2.0", "image and a question",
         hub=("HuggingFaceTB/SmolVLM2-2.2B-Instruct", "model.safetensors.index.json"),
+        whole=True,
     ),
     Weight(
-        "dinov2-base", "Apache-2.0", "image 224", hub=("facebook/dinov2-base", "model.safetensors"),
+        "dinov2-base", "Apache-2.0", "image 224", hub=("facebook/dinov2-base", "model.safetensors"), whole=True,
     ),
 )  # fmt: skip
 

@@ -16,7 +16,7 @@ from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from huggingface_hub import hf_hub_download, try_to_load_from_cache
+from huggingface_hub import hf_hub_download, snapshot_download, try_to_load_from_cache
 from huggingface_hub.errors import HfHubHTTPError, LocalEntryNotFoundError
 
 from curate.errors import WeightsError
@@ -24,6 +24,8 @@ from curate.score.weight_files import cache_folder, files_below, sha256_of
 from curate.score.weight_manifest import MANIFEST, Weight
 
 CHUNK_BYTES = 1 << 20
+# No pickles: transformers prefers safetensors where both are.
+TRANSFORMERS_FILES = ("*.json", "*.safetensors", "*.txt", "*.model", "*.jinja")
 
 
 @dataclass(frozen=True)
@@ -125,6 +127,8 @@ def _pulled() -> Path:
 def _download(weight: Weight, on_bytes: Callable[[int, int | None], None]) -> Path:
     if weight.hub is not None:
         try:
+            if weight.whole:
+                snapshot_download(weight.hub[0], allow_patterns=list(TRANSFORMERS_FILES))
             return Path(hf_hub_download(*weight.hub))
         except (HfHubHTTPError, LocalEntryNotFoundError, OSError) as error:
             raise WeightsError(f"{weight.name}: {weight.source} could not be had: {_first_line(error)}") from None
