@@ -1,10 +1,18 @@
 """The dataset card of a release: Markdown with the front matter of Hugging Face, written from `release.json` alone."""
 
 import json
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import yaml
+
+
+class _Plain(yaml.SafeDumper):
+    """YAML without anchors: the Hub's parser does not know them."""
+
+    def ignore_aliases(self, data: object) -> bool:
+        return True
+
 
 _CARD = """{front}
 # {title}
@@ -43,13 +51,13 @@ you publish it. To have a sample removed, write to {contact} with its URL or key
 """
 
 
-def card(release: Mapping[str, Any]) -> str:
-    """README.md of a release."""
+def card(release: Mapping[str, Any], features: Sequence[Mapping[str, Any]] | None) -> str:
+    """README.md of a release; `features` are the types of a sample's members, where they are known."""
     recipe, subsets = release["recipe"], release["subsets"]
     aside = release["set_aside"]
     limits = f"- {len(aside)} shards of the pool were set aside after three failed tries; release.json names them.\n"
     return _CARD.format(
-        front=_front(release),
+        front=_front(release, features),
         title=f"Release {release['fingerprint'][:8]}",
         total=sum(facts["samples"] for facts in subsets.values()),
         subsets=f"{len(subsets)} subset{'s' * (len(subsets) != 1)}",
@@ -73,16 +81,17 @@ def tar_span(tars: int) -> str:
     return f"{{00000..{tars - 1:05d}}}.tar" if tars > 1 else "00000.tar"
 
 
-def _front(release: Mapping[str, Any]) -> str:
+def _front(release: Mapping[str, Any], features: Sequence[Mapping[str, Any]] | None) -> str:
     filled = {name: facts for name, facts in release["subsets"].items() if facts["tars"]}
     matter = {
         "configs": [
             {"config_name": name, "data_files": [{"split": "train", "path": f"{name}/*.tar"}]} for name in filled
         ],
+        **({"dataset_info": [{"config_name": name, "features": features} for name in filled]} if features else {}),
         "tags": ["webdataset", "curate"],
         "pretty_name": f"curate release {release['fingerprint'][:8]}",
     }
-    return f"---\n{yaml.safe_dump(matter, sort_keys=False)}---"
+    return f"---\n{yaml.dump(matter, Dumper=_Plain, sort_keys=False)}---"
 
 
 def _row(name: str, facts: Mapping[str, Any]) -> str:
@@ -109,7 +118,7 @@ def _load(name: str, facts: Mapping[str, Any]) -> str:
     lines = [
         f"### {name}", "```python",
         f'webdataset.WebDataset("{name}/{span}", shardshuffle=False).decode("pil")',
-        f'datasets.load_dataset("webdataset", data_files="{name}/*.tar", split="train", streaming=True)',
+        f'datasets.load_dataset(".", "{name}", split="train", streaming=True)',
         f'curate.torch.ReleaseDataset(".", "{name}", transform=…)  # map-style, images only: DINOv2, Web-SSL',
         "```",
     ]  # fmt: skip

@@ -122,3 +122,37 @@ def plain(value: Any) -> Any:  # noqa: PLR0911  # one line for each kind of valu
 
 def _is_plain(kind: pa.DataType) -> bool:
     return bool(pa.types.is_string(kind) or pa.types.is_integer(kind) or pa.types.is_boolean(kind))
+
+
+def card_features(facts: Facts, image_names: str) -> list[dict[str, Any]] | None:
+    """The members of a sample in the words of a Hugging Face card; None where they cannot be said.
+
+    Without them `datasets` guesses types from five samples, and stops at a column that was null in all of them.
+    """
+    if facts.features:
+        return None
+    images = [{"name": ext, "dtype": "image"} for ext in (("jpg",) if image_names == "jpg" else ("jpg", "png", "webp"))]
+    columns = [_card_field(name, facts.columns[name].type) for name in facts.json]
+    record = [{"name": "json", "struct": columns}] if columns else []
+    strings = [{"name": name, "dtype": "string"} for name in ("__key__", "__url__")]
+    return [*images, {"name": "txt", "dtype": "string"}, *record, *strings]
+
+
+def _card_field(name: str, kind: pa.DataType) -> dict[str, Any]:
+    if pa.types.is_struct(kind):
+        return {"name": name, "struct": [_card_field(part.name, part.type) for part in kind]}
+    inner = _card_type(kind)
+    return {"name": name, "dtype": inner} if isinstance(inner, str) else {"name": name, **inner}
+
+
+def _card_type(kind: pa.DataType) -> str | dict[str, Any]:
+    """A type as `plain` writes it to JSON and a card names it."""
+    if pa.types.is_list(kind) or pa.types.is_large_list(kind) or pa.types.is_fixed_size_list(kind):
+        return {"list": _card_type(kind.value_type)}
+    if pa.types.is_struct(kind):
+        return {"struct": [_card_field(part.name, part.type) for part in kind]}
+    if pa.types.is_boolean(kind) or pa.types.is_integer(kind):
+        return str(kind)
+    if pa.types.is_floating(kind):
+        return "float64" if kind == pa.float64() else "float32"
+    return "string"

@@ -24,7 +24,7 @@ import pyarrow.parquet as pq
 
 from curate.config import EmitSettings, Recipe
 from curate.emit.card import card
-from curate.emit.facts import facts_of
+from curate.emit.facts import card_features, facts_of
 from curate.emit.passes import Build, order, pick, write
 from curate.emit.provenance import release_note, subset_note
 from curate.emit.shuffle import Group, deal, group
@@ -168,7 +168,7 @@ class EmitStep(CrossStep):
                 for name, spec in self._members.items()
             },
         )  # fmt: skip
-        readme = card(release).encode()
+        readme = card(release, card_features(self._facts, self._settings.image_names)).encode()
         store.put_bytes(f"{target}/README.md", readme)
         digest, rows = _concatenate(build, notes)
         release["manifest"] = {"sha256": digest, "rows": rows}

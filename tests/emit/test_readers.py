@@ -58,6 +58,26 @@ def test_datasets_reads_the_folder_by_its_card(release: Path, tmp_path: Path) ->
     assert len(data) == _size(release, "pairs")
 
 
+def test_datasets_takes_columns_that_begin_with_nulls(tmp_path: Path) -> None:
+    """Guards against types guessed from five samples: the card says them, and a caption may be missing as well."""
+    import datasets
+
+    store = Store(str(tmp_path / "root"))
+    shards = make_pool(store)
+    run(
+        emitter(store, shards, recipe_with({"any": {"where": "coalesce(score, 0) < 0.06"}}, image_names="own")),
+        store,
+        shards,
+    )
+    release = tmp_path / "root" / "releases" / str(latest_release(store))
+    data = datasets.load_dataset(str(release), "any", split="train", cache_dir=str(tmp_path / "cache"))
+    assert len(data) == _size(release, "any") > 10
+    scores = [sample["json"]["score"] for sample in data]
+    assert None in scores and any(score is not None for score in scores)
+    assert None in [sample["txt"] for sample in data]
+    assert all((sample["jpg"] or sample["png"]).size == (24, 16) for sample in data)
+
+
 def test_duckdb_reads_the_manifest(release: Path) -> None:
     """Guards against a manifest that only we can read."""
     import duckdb
