@@ -17,6 +17,7 @@ from curate.errors import ConfigError
 Fraction = Annotated[float, Field(gt=0, le=1)]
 Positive = Annotated[int, Field(gt=0)]
 SubsetName = Annotated[str, Field(pattern=r"^[A-Za-z][A-Za-z0-9_]{0,63}$")]
+Place = Annotated[str, Field(min_length=1, pattern=r"^[^\x00]*$")]  # a path or URL; "" would mean the current folder
 
 
 class Settings(BaseModel):
@@ -28,8 +29,8 @@ class Settings(BaseModel):
 class IngestSettings(Settings):
     """Which rows exist. `sources` are tables of URLs; `adopt` are WebDataset folders that are indexed in place."""
 
-    sources: list[str] = []
-    adopt: list[str] = []
+    sources: list[Place] = []
+    adopt: list[Place] = []
     columns: dict[str, str] = {}  # ours: theirs, e.g. {url: URL, text: TEXT}; empty: recognised by their names
     where: str | None = None  # SQL over the source's own columns, before anything is fetched
     rows_per_shard: Positive = 10_000
@@ -146,7 +147,7 @@ class Recipe(Settings):
     """A whole recipe file."""
 
     pipeline: str = "image_text"
-    root: str
+    root: Place
     ingest: IngestSettings
     fetch: FetchSettings = FetchSettings()
     score: dict[SubsetName, dict[str, Any]] = {}
@@ -161,6 +162,31 @@ class Recipe(Settings):
         """`section:` with nothing behind it means its defaults."""
         return cls.model_fields[info.field_name].get_default() if value is None else value
 
+    @field_validator("score", "subsets")
+    @classmethod
+    def _distinct(cls, value: dict[str, Any]) -> dict[str, Any]:
+        """Tables are named by these, and neither SQL nor every disk tells upper from lower case."""
+        seen: dict[str, str] = {}
+        for name in value:
+            if seen.setdefault(name.lower(), name) != name:
+                raise ValueError(f"{seen[name.lower()]} and {name} differ only in upper and lower case")
+        return value
+
+
+class _Loader(yaml.SafeLoader):
+    """YAML that refuses a key written twice, where plain YAML would silently forget the first."""
+
+    def compose_mapping_node(self, anchor: Any) -> yaml.MappingNode:
+        node: yaml.MappingNode = super().compose_mapping_node(anchor)
+        seen: set[str] = set()
+        for key, _ in node.value:
+            if not isinstance(key, yaml.ScalarNode):
+                continue
+            if key.value in seen:
+                raise yaml.composer.ComposerError(None, None, f"the key {key.value!r} is written twice", key.start_mark)
+            seen.add(key.value)
+        return node
+
 
 def load_recipe(path: str | Path, overrides: Sequence[str] = ()) -> Recipe:
     """Read a recipe file and apply `a.b=c` overrides (values are YAML).
@@ -169,11 +195,13 @@ def load_recipe(path: str | Path, overrides: Sequence[str] = ()) -> Recipe:
     """
     file = Path(path)
     try:
-        tree = yaml.safe_load(file.read_text(encoding="utf-8"))
+        tree = yaml.load(file.read_text(encoding="utf-8"), _Loader)  # noqa: S506  # a SafeLoader
     except FileNotFoundError:
         raise ConfigError(f"{path}: no such recipe file; `ls configs` shows those that come with curate") from None
     except (OSError, UnicodeDecodeError, yaml.YAMLError) as error:
         raise ConfigError(f"{path}: not a readable YAML file: {error}") from None
+    except RecursionError:
+        raise ConfigError(f"{path}: not a readable YAML file: nested too deep") from None
     if not isinstance(tree, dict):
         raise ConfigError(f"{path}: expected a mapping with `root:` and `ingest:`, found {type(tree).__name__}")
     for override in overrides:

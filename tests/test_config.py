@@ -27,6 +27,11 @@ def test_sections_may_be_left_out_or_empty() -> None:
         ({"ingest": {}}, "sources"),
         ({"ingest": {"sources": ["a"], "adopt": ["b"]}}, "either"),
         ({"root": None}, "root"),
+        ({"root": ""}, "root"),
+        ({"root": "a\0b"}, "root"),
+        ({"ingest": {"sources": [""]}}, "ingest.sources.0"),
+        ({"subsets": {"good": {}, "Good": {}}}, "good and Good differ only in upper and lower case"),
+        ({"score": {"a": {"scorer": "phash"}, "A": {"scorer": "text_stats"}}}, "a and A differ only"),
     ],
 )
 def test_what_is_wrong_is_named(change: dict[str, object], words: str) -> None:
@@ -48,7 +53,7 @@ def test_overrides_reach_into_sections_and_lists(tmp_path: Path) -> None:
             load_recipe(file, [bad])
 
 
-@pytest.mark.parametrize("text", ["", "- a", "a: [", "!!python/object/apply:os.system ['true']"])
+@pytest.mark.parametrize("text", ["", "- a", "a: [", "!!python/object/apply:os.system ['true']", "[" * 3000])
 def test_broken_and_hostile_files_are_refused(tmp_path: Path, text: str) -> None:
     """Guards against YAML that runs code, and against tracebacks for typos."""
     file = tmp_path / "r.yaml"
@@ -57,3 +62,16 @@ def test_broken_and_hostile_files_are_refused(tmp_path: Path, text: str) -> None
         load_recipe(file)
     with pytest.raises(ConfigError, match="no such recipe"):
         load_recipe(tmp_path / "none.yaml")
+
+
+def test_a_key_written_twice_is_refused(tmp_path: Path) -> None:
+    """Guards against a subset that plain YAML silently forgets, because a later one has its name."""
+    file = tmp_path / "r.yaml"
+    file.write_text("root: out\ningest: {sources: [a]}\nsubsets:\n  a: {where: x}\n  b: {}\n  a: {where: y}\n")
+    with pytest.raises(ConfigError, match="'a' is written twice"):
+        load_recipe(file)
+    file.write_text(
+        "root: out\ningest: {sources: [a]}\nsubsets:\n  a: &a {where: x}\n  b: &b {<<: *a, where: y}\n"
+        "  c: {<<: *b, where: z}\n"
+    )
+    assert load_recipe(file).subsets["c"].where == "z"  # a merge is not a repetition
