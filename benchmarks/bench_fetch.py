@@ -233,7 +233,6 @@ def part_kills(arguments: argparse.Namespace, ports: dict) -> None:
                 child.kill()
                 child.wait()
                 committed |= {int(path.stem) for path in (root / "images").glob("*/*.parquet")}
-                before = _counts(base)
                 break
         if goal is not None:
             assert child.returncode == -9, "ended before it could be killed"
@@ -241,7 +240,7 @@ def part_kills(arguments: argparse.Namespace, ports: dict) -> None:
     late = {number for number in asked if int(number) // KILL_ROWS in committed and asked[number] > 1}
     again = sum(count - 1 for count in asked.values())
     wrong = check_kills(root, arguments.n)
-    assert not late and not wrong and len(asked) == arguments.n and before
+    assert not late and not wrong and len(asked) == arguments.n, (sorted(late)[:5], wrong[:5], len(asked))
     took = time.perf_counter() - start
     print("| rows in | rows out | wrong | requests again after a commit | again, in flight at a kill | s |")
     print("|---|---|---|---|---|---|")
@@ -291,8 +290,8 @@ def client_kills(root: Path, base: str, count: int) -> None:
     stage.teardown()
 
 
-def check_kills(root: Path, count: int) -> list[int]:
-    """Numbers of rows that are missing, out of order, or whose status is not that of their fault."""
+def check_kills(root: Path, count: int) -> list[tuple]:
+    """Rows that are missing, out of order, or whose status is not that of their fault."""
     store, samples, stage = _tables(root)
     wrong = []
     for first in range(0, count, KILL_ROWS):
@@ -302,9 +301,9 @@ def check_kills(root: Path, count: int) -> list[int]:
             fate = "http_4xx" if number % 10 == 3 else "http_5xx" if number % 10 == 7 else "ok"
             fate = "connect" if number % 50 == 11 else fate
             if row["status"] != fate or not row["url"].endswith(f"/{number}.jpg"):
-                wrong.append(number)
+                wrong.append((number, row["status"], row["error"]))
         if len(found) != min(KILL_ROWS, count - first):
-            wrong.append(first)
+            wrong.append((first, "rows", len(found)))
     return wrong
 
 

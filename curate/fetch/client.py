@@ -133,7 +133,7 @@ class Client:
             raise
         except TimeoutError as error:
             if reading:
-                raise Temporary("too_slow", f"body not complete in {budget_s:g} s") from None
+                raise Refusal("too_slow", f"body not complete in {budget_s:g} s") from None
             raise Temporary("timeout", brief(error) if str(error) else f"no answer in {first_byte_s:g} s") from None
         except (aiohttp.ClientError, OSError, ValueError) as error:
             raise _refusal(error) from None

@@ -13,6 +13,7 @@ from collections import Counter
 from pathlib import Path
 
 import imagehash
+import psutil
 import pytest
 from yarl import URL
 
@@ -275,6 +276,18 @@ print(json.dumps([[outcome.status, outcome.sha256, len(outcome.image)] for outco
 """
 
 
+def _of_session(leader: int) -> list[int]:
+    """Living processes that were started by a process that is gone."""
+    found = []
+    for process in psutil.process_iter():
+        try:
+            if os.getsid(process.pid) == leader and process.status() != psutil.STATUS_ZOMBIE:
+                found.append(process.pid)
+        except (OSError, psutil.Error):
+            continue
+    return found
+
+
 def test_killed_twice_nothing_is_fetched_again(server: HostileServer, jpeg: bytes, tmp_path: Path) -> None:
     """A kill loses what was fetched, a row, or the order; or leaves decoders behind."""
 
@@ -295,6 +308,10 @@ def test_killed_twice_nothing_is_fetched_again(server: HostileServer, jpeg: byte
             time.sleep(0.01)
         child.send_signal(signal.SIGKILL)
         assert child.wait() == -signal.SIGKILL
+        deadline = time.monotonic() + 20
+        while _of_session(child.pid):
+            assert time.monotonic() < deadline, "decoders outlive the worker that was killed"
+            time.sleep(0.02)
     done = subprocess.run(command, env=environment, capture_output=True, check=True)
     rows = json.loads(done.stdout)
     assert [row[0] for row in rows] == ["ok" if number % 5 else "http_4xx" for number in range(1200)]
@@ -305,8 +322,6 @@ def test_killed_twice_nothing_is_fetched_again(server: HostileServer, jpeg: byte
 
 def test_memory_does_not_grow_with_the_shard(server: HostileServer, fetch: Fetch, tmp_path: Path) -> None:
     """A first row that hangs makes the whole shard wait in memory."""
-    import psutil
-
     big = encoded(scene(600, 400), quality=90)
     big += bytes(400_000 - len(big) % 400_000)
     base = server.static("/m/*", answer(big)) and server.base + "/m/"
