@@ -16,6 +16,7 @@ from curate.score.facts import ImageFactsScorer, TextFactsScorer
 from curate.score.heads import AestheticV1Scorer, AestheticV2Scorer, LaionNsfwScorer
 from curate.score.phash import PhashScorer
 from curate.score.scorer import FeatureScorer, Scorer
+from curate.score.text_classifier import TextClassifierScorer
 from curate.score.text_mask import TextMaskedScorer
 from curate.score.text_stats import TextStatsScorer
 from curate.score.vision import (
@@ -35,6 +36,7 @@ SCORERS: dict[str, type[Scorer]] = {
     "phash": PhashScorer,
     "text_stats": TextStatsScorer,
     "text_facts": TextFactsScorer,
+    "hf_text_classifier": TextClassifierScorer,
     "image_facts": ImageFactsScorer,
     "clip_text_masked": TextMaskedScorer,
     "laion_aesthetic_v2": AestheticV2Scorer,

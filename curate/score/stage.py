@@ -190,6 +190,7 @@ class ScoreTextStage(Stage):
         self._samples = samples
         self._scorers = list(scorers)
         self._specs = {scorer.name: specs_of(scorer, [samples]) for scorer in scorers}
+        self.resources = Resources(1.0, 1.0) if any(_wants_gpu(scorer) for scorer in scorers) else Resources()
         self.tables = tuple(chain.from_iterable(self._specs.values()))
 
     def check(self, store: Store) -> None:

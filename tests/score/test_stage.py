@@ -199,6 +199,22 @@ def test_bad_samples_memory_and_nan_are_nulls_with_reasons(tmp_path: Path, score
     assert max(Fussy.calls) == 5 and Fussy.calls.count(5) == 1
 
 
+def test_a_shard_without_images_is_all_null(tmp_path: Path, clip: Path, scorers: None) -> None:
+    """Guards against a shard whose every download failed ending a run."""
+    store, shard = filled(tmp_path, [None] * 3, ["a", None, "b"])
+    section = {
+        "clip_tiny": {"scorer": "clip", "model": f"local-dir:{clip}"},
+        "head": {"scorer": "sum", "features": "clip_tiny"},
+        "phash": {"scorer": "phash"},
+    }
+    stages = score(store, shard, section)
+    for table in stages[0].tables:
+        assert all(column.null_count == 3 for column in store.read(table, shard.name).columns[1:])
+    Path(store.full(store.shard_path(spec(stages, "scores_head"), shard.name))).unlink()
+    score(store, shard, section)
+    assert store.read(spec(stages, "scores_head"), shard.name).column("head_sum").null_count == 3
+
+
 def test_a_broken_scorer_raises(tmp_path: Path, scorers: None) -> None:
     """Guards against a scorer that always fails turning a whole pool into nulls."""
     store, shard = filled(tmp_path, [encoded(picture(row, (41, 40))) for row in range(4)], ["a"] * 4)
