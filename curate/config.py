@@ -143,9 +143,19 @@ class EngineSettings(Settings):
     cpus: Positive | None = None  # of a cluster that we start ourselves; None: all cores
 
 
+class About(Settings):
+    """What `curate recipes` says of a recipe. A run reads nothing of it; a release carries it."""
+
+    title: str
+    paper: str
+    needs: list[str] = []  # models, seed sets, lists, that do not come with curate
+    unverified: list[str] = []  # what the authors never published, or what stands in for it here
+
+
 class Recipe(Settings):
     """A whole recipe file."""
 
+    about: About | None = None
     pipeline: str = "image_text"
     root: Place
     ingest: IngestSettings
