@@ -3,6 +3,10 @@
 `text_length` is in characters (code points); `word_count` counts words separated by white space. Token counts
 (`num_tokens_<name>`) leave out the special tokens; COYO's are by BertTokenizer and GPT2TokenizerFast (RECIPES 9), whose
 `tokenizer.json` the user names: `tokenizers: {bert: PATH, gpt: PATH}`.
+
+`collapse_whitespace: true` is COYO's second text rule: runs of white space become one space, ends are stripped, before
+anything is counted. The column `text` holds the result, which takes the place of the source's (then `source_text`) in
+dedup, subsets and releases. CLIP's tokenizers do the same to what they are given.
 """
 
 from collections.abc import Mapping, Sequence
@@ -21,6 +25,7 @@ class TextStatsSettings(ScorerSettings):
     """`tokenizers`: column suffix to a `tokenizer.json` of the `tokenizers` library, or a folder that holds one."""
 
     tokenizers: dict[str, str] = Field(default_factory=dict)
+    collapse_whitespace: bool = False
 
 
 class TextStatsScorer(TextScorer):
@@ -30,14 +35,16 @@ class TextStatsScorer(TextScorer):
 
     def __init__(self, name: str, settings: TextStatsSettings) -> None:
         super().__init__(name, settings)
+        self._collapse = settings.collapse_whitespace
         self._files = {suffix: _tokenizer_file(path) for suffix, path in sorted(settings.tokenizers.items())}
         self._tokenizers: dict[str, Any] = {}
 
     @property
     def fields(self) -> tuple[pa.Field, ...]:
-        """int32 columns."""
-        counts = [f"num_tokens_{suffix}" for suffix in self._files]
-        return tuple(pa.field(column, pa.int32()) for column in ("text_length", "word_count", *counts))
+        """int32 columns, after the collapsed text where it was asked for."""
+        counts = ["text_length", "word_count", *(f"num_tokens_{suffix}" for suffix in self._files)]
+        text = [pa.field("text", pa.string())] * self._collapse
+        return (*text, *(pa.field(column, pa.int32()) for column in counts))
 
     def identity(self) -> Mapping[str, Any]:
         """The tokenizers by content."""
@@ -61,7 +68,10 @@ class TextStatsScorer(TextScorer):
 
     def score(self, texts: Sequence[str]) -> Mapping[str, Values]:
         """One count a text and column."""
-        columns: dict[str, Values] = {
+        columns: dict[str, Values] = {}
+        if self._collapse:
+            texts = columns["text"] = [" ".join(text.split()) for text in texts]
+        columns |= {
             "text_length": [len(text) for text in texts],
             "word_count": [len(text.split()) for text in texts],
         }
