@@ -103,6 +103,110 @@ class DedupSettings(Settings):
     threshold: Annotated[float, Field(gt=-1, le=1)] | None = None  # cosine, for embedding_<name>
 
 
+class CellsSettings(Settings):
+    """k-means cells of the pool's vectors: what retrieval searches and balanced sampling counts."""
+
+    by: str  # a column of embeddings, e.g. clip_vitl14_image
+    where: str | None = None  # SQL: only these rows take part, e.g. NOT is_duplicate
+    count: Positive  # of cells
+    metric: Literal["cosine", "l2", "ip"] = "cosine"  # ip: trained as l2, assigned by inner product, as DataComp does
+    init: Literal["kmeans++", "random"] = "kmeans++"
+    iterations: Annotated[int, Field(ge=0)] = 20
+    points_per_cell: Positive = 256  # of the sample that k-means is trained on
+    seed: int = 0
+    centroids: str | None = None  # ready ones (.npy): nothing is trained, and new shards are only assigned
+
+
+class SeedSet(Settings):
+    """What to look for, and how. Vectors of a file, or rows of the pool by SQL."""
+
+    name: SubsetName
+    how: Literal["sample", "cluster", "as_is"]
+    embeddings: str | None = None  # .npy, .npz or Parquet
+    array: str | None = None  # its array or column, where it has more than one
+    where: str | None = None  # SQL over the pool's columns
+    k: Positive = 4  # sample: nearest pool images of each seed
+    nprobe: Positive = 16  # sample: cells that are searched for each seed
+    more_than: Annotated[int, Field(ge=0)] = 3  # cluster: a cell is taken when it holds more seeds
+    per_cell: Positive | None = 10_000  # cluster: images from each such cell; null: all
+    cap: Positive | None = 1_000_000  # cluster: images of the set
+
+    @model_validator(mode="after")
+    def _one_kind(self) -> "SeedSet":
+        if bool(self.embeddings) == bool(self.where):
+            raise ValueError("write either `embeddings` (a file of vectors) or `where` (rows of the pool)")
+        if self.how == "as_is" and not self.where:
+            raise ValueError("as_is takes rows of the pool: ingest the set with the pool and name it by `where`")
+        return self
+
+
+class RetrieveSettings(Settings):
+    """Pool images near seed sets, as DINOv2's table 15 lists them."""
+
+    sets: Annotated[list[SeedSet], Field(min_length=1)]
+    count_once: bool = False  # LVD-142M counts an image as often as seeds found it
+    recall_seeds: Annotated[int, Field(ge=0)] = 100  # of each sample set, compared with an exact search
+    seed: int = 0
+
+    @field_validator("sets")
+    @classmethod
+    def _distinct(cls, value: list[SeedSet]) -> list[SeedSet]:
+        if len({one.name for one in value}) < len(value):
+            raise ValueError("two seed sets have the same name")
+        return value
+
+
+class LevelSettings(Settings):
+    """A level of hierarchical k-means above the cells."""
+
+    count: Positive
+    resampling: Annotated[int, Field(ge=0)] = 0  # times that k-means is run again on the closest points
+    sample_size: Positive = 1  # closest points of each cluster that it then sees
+
+
+class HierarchySettings(Settings):
+    """Balanced sampling over a tree whose lowest level is the cells."""
+
+    levels: list[LevelSettings] = []
+    targets: Annotated[list[Positive], Field(min_length=1)]  # images; a column hierarchical_sample_<target> each
+    how: Literal["random", "closest"] = "random"
+    multiplier: Positive = 1  # times that an image may be taken
+    iterations: Annotated[int, Field(ge=0)] = 50
+    points_per_cell: Positive = 256
+    seed: int = 0
+
+
+class BalanceSettings(Settings):
+    """MetaCLIP: entries that a caption contains, and a limit to how many captions an entry keeps."""
+
+    entries: str  # a text file, an entry a line, or a JSON list
+    where: str | None = None  # SQL: only these rows are counted and drawn
+    column: str = "text"
+    version: Literal[1, 2] = 1  # of the matching rules
+    t: Annotated[float, Field(gt=0)] | None = None  # matches that an entry keeps
+    p: Annotated[float, Field(ge=0, le=1)] | None = None  # instead: share of matches that the tail is to have
+    seed: int = 0
+
+    @model_validator(mode="after")
+    def _one_limit(self) -> "BalanceSettings":
+        if (self.t is None) == (self.p is None):
+            raise ValueError("write either `t` (matches an entry keeps) or `p` (share of the tail)")
+        return self
+
+
+class ExpertsSettings(Settings):
+    """MoDE: captions clustered twice; each coarse cell is an expert."""
+
+    by: str  # a column of text embeddings, e.g. clip_vitl14_text
+    where: str | None = None
+    fine: Positive = 1024
+    coarse: Positive = 4
+    sample: Positive = 1_000_000  # captions that the clusters are trained on
+    fine_iterations: Positive = 50
+    coarse_iterations: Positive = 100
+    seed: int = 0
+
+
 class KeepTop(Settings):
     """Keep the best share: rows whose `by` reaches the resolved threshold."""
 
@@ -162,6 +266,11 @@ class Recipe(Settings):
     fetch: FetchSettings = FetchSettings()
     score: dict[SubsetName, dict[str, Any]] = {}
     dedup: list[DedupSettings] = []
+    cells: CellsSettings | None = None
+    retrieve: RetrieveSettings | None = None
+    hierarchy: HierarchySettings | None = None
+    balance: BalanceSettings | None = None
+    experts: ExpertsSettings | None = None
     subsets: dict[SubsetName, SubsetSettings] = {}
     emit: EmitSettings = EmitSettings()
     engine: EngineSettings = EngineSettings()

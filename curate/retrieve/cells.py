@@ -16,7 +16,7 @@ import numpy.typing as npt
 import torch
 
 from curate.errors import PlanError
-from curate.retrieve.draw import UInt64, hashed
+from curate.vectors import UInt64, hashed
 
 Float32 = npt.NDArray[np.float32]
 Float64 = npt.NDArray[np.float64]

@@ -13,7 +13,8 @@ import numpy as np
 import numpy.typing as npt
 
 from curate.errors import PlanError
-from curate.retrieve.draw import Int64, Smallest, UInt64, hashed
+from curate.retrieve.draw import Smallest
+from curate.vectors import Int64, UInt64, hashed
 
 
 def counts(cells: npt.NDArray[Any], n_cells: int) -> Int64:

@@ -4,37 +4,15 @@ A random draw is "the rows with the smallest hash of (seed, key)", so that any w
 merge. It refuses generators whose state depends on the order in which rows arrive.
 """
 
-from collections.abc import Sequence
 from typing import Any
 
 import numpy as np
 import numpy.typing as npt
 
 from curate.errors import PlanError
-
-UInt64 = npt.NDArray[np.uint64]
-Int64 = npt.NDArray[np.int64]
+from curate.vectors import Int64, UInt64
 
 SPARE_ROWS = 1 << 20  # buffered beyond what is kept before a sort: 24 MB, and one sort a million rows
-
-
-def key_numbers(keys: Sequence[str]) -> UInt64:
-    """The first 64 bits of each key (32 hex digits, curate.schema.key_of) as uint64[n]."""
-    return np.frombuffer(bytes.fromhex("".join(key[:16] for key in keys)), dtype=">u8").astype(np.uint64)
-
-
-def hashed(numbers: npt.NDArray[Any], seed: int, salt: int = 0) -> UInt64:
-    """A well-mixed uint64 for each integer, seed and salt (the finaliser of SplitMix64, Steele et al. 2014).
-
-    `numbers` is any integer array, for draws usually the keys of rows; equal inputs give equal hashes on every machine.
-    """
-    start = (seed * 0x9E3779B97F4A7C15 + salt * 0xD1B54A32D192ED03 + 0x2545F4914F6CDD1D) % (1 << 64)
-    mixed = numbers.astype(np.uint64) + np.uint64(start)  # wraps, as it should
-    for _ in range(2):  # twice: keys of a test are often 0, 1, 2, …
-        mixed = (mixed ^ (mixed >> np.uint64(30))) * np.uint64(0xBF58476D1CE4E5B9)
-        mixed = (mixed ^ (mixed >> np.uint64(27))) * np.uint64(0x94D049BB133111EB)
-        mixed ^= mixed >> np.uint64(31)
-    return mixed
 
 
 def ordered(distances: npt.NDArray[Any]) -> UInt64:

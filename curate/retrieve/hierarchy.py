@@ -16,7 +16,8 @@ import numpy.typing as npt
 from curate.errors import PlanError
 from curate.retrieve import cells as cell_kernels
 from curate.retrieve.cells import Cells
-from curate.retrieve.draw import Int64, Smallest, UInt64, hashed, ordered, ranks
+from curate.retrieve.draw import Smallest, ordered, ranks
+from curate.vectors import Int64, UInt64, hashed
 
 CHILDREN_PER_PASS = 1 << 20  # clusters whose quotas are searched together: 40 MB, whatever the tree's size
 ROWS_PER_PASS = 1 << 16  # points assigned together: 64 MB of float16 at 512 dimensions

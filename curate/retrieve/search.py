@@ -19,7 +19,8 @@ import torch
 
 from curate.errors import PlanError
 from curate.retrieve.cells import ROUNDING, Float64, dots, norms, unit, usable, widened
-from curate.retrieve.draw import Int64, hashed, ranks
+from curate.retrieve.draw import ranks
+from curate.vectors import Int64, hashed
 
 SCORES_PER_TILE = {"cpu": 1 << 21, "cuda": 1 << 28}  # float32 scores at once: 8 MB stays in cache, 1 GB on a GPU
 CANDIDATES_BEFORE_CUT = 1 << 22  # 100 MB of candidates before the best k of each seed are taken

@@ -7,7 +7,8 @@ import pytest
 
 from curate.errors import PlanError
 from curate.retrieve.clusters import ClusterRetrieval, counts, diversity, seeded, shares
-from curate.retrieve.draw import Smallest, hashed, key_numbers, ordered
+from curate.retrieve.draw import Smallest, ordered
+from curate.vectors import hashed, key_numbers
 
 
 def pool(n: int = 5000, cells: int = 40) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
