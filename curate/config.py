@@ -94,6 +94,17 @@ class FetchSettings(Settings):
         return value
 
 
+class ReferenceSettings(Settings):
+    """Images that the pool must not hold, such as evaluation sets; a file of hashes or of embeddings."""
+
+    name: SubsetName
+    hashes: Place | None = None  # .txt (16 hex digits, then an id if there is one) or .parquet
+    embeddings: Place | None = None  # .npy [N, d], .npz with ids, or .parquet
+    radius: Annotated[int, Field(ge=0, le=10)] = 0  # bits, for hashes
+    threshold: Annotated[float, Field(gt=-1, le=1)] | None = None  # cosine, exclusive, for embeddings
+    match: Literal["component", "direct"] = "component"  # mark all that are connected with a hit, or the hits alone
+
+
 class DedupSettings(Settings):
     """One way of finding copies. `keep` is an SQL ordering: the first of a group stays."""
 
@@ -101,6 +112,13 @@ class DedupSettings(Settings):
     keep: str = "width * height DESC, key"
     radius: Annotated[int, Field(ge=0, le=10)] = 0  # Hamming distance, for image_phash
     threshold: Annotated[float, Field(gt=-1, le=1)] | None = None  # cosine, for embedding_<name>
+    form: Literal["threshold", "dinov2", "semdedup"] = "threshold"  # of embedding_<name>
+    neighbours: Positive = 64  # of the form dinov2: edges from a row to its nearest, above 0.6 unless `threshold` says
+    eps: Annotated[float, Field(ge=0, le=1)] | None = None  # of the form semdedup: redundant above cosine 1 - eps
+    cells: Positive | None = None  # of the form semdedup; None: one for each 8,800 rows, as on LAION-440M
+    within: bool = True  # False: compare with `against` only
+    against: list[ReferenceSettings] = []  # in this order, after the pool's own copies
+    prefer_released: bool = True  # rows of the last release come first, whatever `keep` says
 
 
 class CellsSettings(Settings):
