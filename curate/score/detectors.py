@@ -216,10 +216,10 @@ class TextDensityScorer(DetectorScorer):
 
     @property
     def fields(self) -> tuple[pa.Field, ...]:
-        """Share, count, density; with recognition characters and script."""
+        """Share, count, density; with recognition characters, density of what was read, and script."""
         kinds = {"text_area": pa.float32(), "text_boxes": pa.int32(), "text_density": pa.float32()}
         if self._reads:
-            kinds |= {"text_chars": pa.int32(), "text_script": pa.string()}
+            kinds |= {"text_chars": pa.int32(), "text_density_read": pa.float32(), "text_script": pa.string()}
         return tuple(pa.field(name, kind) for name, kind in kinds.items())
 
     def identity(self) -> Mapping[str, Any]:
