@@ -1,10 +1,7 @@
 """Tables at rest: the three invariants, atomic commits, ranges; on a disk and on S3 over real HTTP."""
 
 import io
-import socket
 import tarfile
-import time
-from collections.abc import Iterator
 from pathlib import Path
 
 import pyarrow as pa
@@ -21,35 +18,10 @@ from tests.engine.toy import SAMPLES, ToyFetch, ToyScore, fill_pool
 SCORES = TableSpec("scores_a", 1, pa.schema([KEY, pa.field("a", pa.float32())]))
 
 
-@pytest.fixture(scope="session")
-def s3_endpoint() -> Iterator[str]:
-    """A real HTTP server that speaks S3 (moto), with keys that are nobody's."""
-    from moto.server import ThreadedMotoServer
-
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        port = probe.getsockname()[1]
-    server = ThreadedMotoServer(ip_address="127.0.0.1", port=port)
-    server.start()
-    yield f"http://127.0.0.1:{port}"
-    server.stop()
-
-
 @pytest.fixture(params=["local", "s3"])
-def root(request: pytest.FixtureRequest, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> str:
+def root(request: pytest.FixtureRequest, tmp_path: Path) -> str:
     """The same tests on every kind of storage."""
-    if request.param == "local":
-        return str(tmp_path / "root")
-    monkeypatch.setenv("AWS_ENDPOINT_URL", request.getfixturevalue("s3_endpoint"))
-    monkeypatch.setenv("AWS_ACCESS_KEY_ID", "test")
-    monkeypatch.setenv("AWS_SECRET_ACCESS_KEY", "test")
-    monkeypatch.setenv("AWS_DEFAULT_REGION", "us-east-1")
-    import s3fs
-
-    s3fs.S3FileSystem.clear_instance_cache()
-    bucket = f"b{time.time_ns()}"
-    s3fs.S3FileSystem().mkdir(bucket)
-    return f"s3://{bucket}/root"
+    return str(tmp_path / "root") if request.param == "local" else f"{request.getfixturevalue('s3_bucket')}/root"
 
 
 def _samples(store: Store, rows: int = 5) -> tuple[Shard, list[str]]:
