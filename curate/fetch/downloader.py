@@ -6,7 +6,7 @@ later check refuses is never written anywhere.
 
 import asyncio
 import hashlib
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from types import TracebackType
@@ -24,8 +24,6 @@ from curate.fetch.resolver import Lookup
 from curate.fetch.spool import Fetched, Spool, digest_of
 
 _HASH_OF_DIGITS = {32: "md5", 40: "sha1", 64: "sha256", 128: "sha512"}
-
-Seen = Callable[[Outcome], None]
 
 
 @dataclass(frozen=True)
@@ -98,20 +96,18 @@ class Downloader:
         self._runner.run(self._pool.close())
         self._runner.close()
 
-    def fetch(
-        self, rows: Sequence[Row], scratch: Path, purpose: str = "", seen: Seen | None = None
-    ) -> Iterator[Outcome]:
-        """Outcomes of the rows, in their order; `seen` is called for each fetched URL as it ends.
+    def fetch(self, rows: Sequence[Row], scratch: Path, purpose: str = "") -> Iterator[Outcome]:
+        """Outcomes of the rows, in their order.
 
         What a killed attempt left in `scratch` under the same `purpose` is not fetched again. Memory does not grow
         with the rows' images. Raises StageError or OSError when the fetcher itself cannot work.
         """
         with Spool(scratch, purpose) as spool:
-            self._runner.run(self._fill(rows, spool, seen))
+            self._runner.run(self._fill(rows, spool))
             for row in rows:
                 yield _of_row(row, spool.get(digest_of(row.url)))
 
-    async def _fill(self, rows: Sequence[Row], spool: Spool, seen: Seen | None) -> None:
+    async def _fill(self, rows: Sequence[Row], spool: Spool) -> None:
         if self._client is None:
             self._client = Client(self._settings, self._guard, self._lookup)
         wanted: dict[str | None, set[str | None]] = {}
@@ -121,10 +117,7 @@ class Downloader:
         urls = list(wanted)
 
         async def finish(number: int, body: Body) -> None:
-            fetched = await self._picture(body, wanted[urls[number]])
-            spool.add(digest_of(urls[number]), fetched)
-            if seen is not None:
-                seen(fetched.outcome)
+            spool.add(digest_of(urls[number]), await self._picture(body, wanted[urls[number]]))
 
         await Crawl(self._client, self._guard, self._lists, self._settings, finish).run(list(enumerate(urls)))
 

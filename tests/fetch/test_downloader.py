@@ -213,6 +213,21 @@ def test_a_slow_host_does_not_hold_the_others(server: HostileServer, jpeg: bytes
     slow.close()
 
 
+def test_minimum_rate(server: HostileServer, jpeg: bytes, fetch: Fetch) -> None:
+    """With a long deadline a drip of bytes holds its slot for all of it."""
+
+    async def drip(request: Request, writer: asyncio.StreamWriter) -> None:
+        writer.write(answer(b"", length=100_000))
+        for _ in range(200):
+            writer.write(bytes(20))
+            await asyncio.sleep(0.1)
+
+    start = time.monotonic()
+    (outcome,) = fetch([server.route("/drip.jpg", drip)], timeout_s=60, min_rate_bytes_s=1000)
+    assert outcome.status == "too_slow" and "bytes/s" in (outcome.error or "")
+    assert 3 <= time.monotonic() - start < 15
+
+
 def test_certificates_are_checked(jpeg: bytes, fetch: Fetch, tmp_path: Path) -> None:
     """Whoever sits on the line decides what is in the data set."""
     command = [
