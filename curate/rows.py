@@ -14,7 +14,7 @@ from typing import Any
 import duckdb
 import pyarrow as pa
 
-from curate.errors import PlanError
+from curate.errors import PlanError, StoreError
 from curate.schema import KEY, TableSpec
 from curate.store import Store
 
@@ -63,14 +63,18 @@ def schema_of(columns: Mapping[str, Column]) -> pa.Schema:
 
 
 def read_rows(store: Store, columns: Mapping[str, Column], names: Sequence[str], shard: str) -> pa.Table:
-    """`key` and the named columns of a shard, in the order asked for. Raises MissingTable."""
+    """`key` and the named columns of a shard, in the order asked for.
+
+    Raises MissingTable, and StoreError when tables of the shard do not hold the same keys in the same order.
+    """
     wanted = [columns[name] for name in dict.fromkeys(names) if name != KEY.name]
     specs = list({column.table.name: column.table for column in wanted}.values()) or [columns[KEY.name].table]
     arrays: dict[str, pa.ChunkedArray] = {}
     for spec in specs:
         mine = [column for column in wanted if column.table is spec]
         table = store.read(spec, shard, [KEY.name, *(column.column for column in mine)])
-        arrays.setdefault(KEY.name, table.column(KEY.name))
+        if not arrays.setdefault(KEY.name, table.column(KEY.name)).equals(table.column(KEY.name)):
+            raise StoreError(f"{shard}: the keys of {spec.name} are not those of {specs[0].name} in the same order")
         for column in mine:
             arrays[column.name] = table.column(column.column)
     return pa.table({name: arrays[name] for name in dict.fromkeys([KEY.name, *names])})
@@ -87,7 +91,7 @@ def evaluate(table: pa.Table, expressions: Mapping[str, str]) -> pa.Table:
     """Each expression for each row, in row order. Raises PlanError with DuckDB's words when one does not bind."""
     chosen = ", ".join(f'({text}) AS "{name}"' for name, text in expressions.items())
     with connect() as connection:
-        connection.register("rows", _readable(table))
+        connection.register("rows", readable(table))
         try:
             return connection.sql(f"SELECT {chosen} FROM rows").to_arrow_table()  # the recipe's own SQL
         except duckdb.Error as error:
@@ -98,7 +102,7 @@ def order(table: pa.Table, ordering: str) -> list[int]:
     """Row numbers in the order of an SQL ordering, e.g. `width * height DESC, key`. Raises PlanError."""
     with connect() as connection:
         numbers = pa.array(range(table.num_rows), pa.int64())
-        connection.register("numbered", _readable(table).append_column("row_number_", numbers))
+        connection.register("numbered", readable(table).append_column("row_number_", numbers))
         try:
             found = connection.sql(f"SELECT row_number_ FROM numbered ORDER BY {ordering}")
             return [row for (row,) in found.fetchall()]
@@ -111,7 +115,7 @@ def names_in(expression: str, schema: pa.Schema) -> list[str]:
 
     Checked by binding it against an empty table, so that types are checked as well.
     """
-    empty = _readable(schema.empty_table())
+    empty = readable(schema.empty_table())
     query = f"SELECT 1 FROM rows ORDER BY {expression}"
     with connect() as connection:
         connection.register("rows", empty)
@@ -138,12 +142,16 @@ def _column_refs(node: Any) -> Iterator[str]:
             yield from _column_refs(child)
 
 
-def _readable(table: pa.Table) -> pa.Table:
-    """DuckDB takes no float16 from Arrow: embeddings become float32 lists."""
+def readable(table: pa.Table) -> pa.Table:
+    """The same for DuckDB, which takes no float16 and no decimal above 38 digits from Arrow: as float32 and float64."""
     for at, field in enumerate(table.schema):
         if pa.types.is_fixed_size_list(field.type) and pa.types.is_float16(field.type.value_type):
             wide = table.column(at).cast(pa.list_(pa.float32(), field.type.list_size))
             table = table.set_column(at, field.name, wide)
+        elif pa.types.is_float16(field.type):
+            table = table.set_column(at, field.name, table.column(at).cast(pa.float32()))
+        elif pa.types.is_decimal256(field.type):
+            table = table.set_column(at, field.name, table.column(at).cast(pa.float64()))
     return table
 
 

@@ -17,7 +17,7 @@ import pyarrow as pa
 import pyarrow.compute as pc
 
 from curate.errors import PlanError
-from curate.rows import Column, connect
+from curate.rows import Column, connect, readable
 
 _NUMBERS = ("TINYINT", "SMALLINT", "INTEGER", "BIGINT", "HUGEINT", "FLOAT", "DOUBLE", "DECIMAL", "UTINYINT",
             "USMALLINT", "UINTEGER", "UBIGINT")  # fmt: skip
@@ -67,7 +67,7 @@ def evaluate_clauses(table: pa.Table, conditions: Sequence[str], scores: Sequenc
         return pa.table({})
     listed = ", ".join(f'{sql} AS "{number}"' for number, sql in enumerate(chosen))
     with _connection() as connection:
-        connection.register("rows", table)
+        connection.register("rows", readable(table))
         try:
             found: pa.Table = connection.sql(f"SELECT {listed} FROM rows").to_arrow_table()  # the recipe's
         except duckdb.Error as error:
@@ -161,7 +161,7 @@ def _bound(
     if len(clashing) < len(names):
         raise PlanError(f"{place}: {', '.join(names)} differ only in case; SQL cannot tell them apart")
     empty = pa.schema([pa.field(name, columns[name].type) for name in names or ("key",)]).empty_table()
-    connection.register("rows", empty)
+    connection.register("rows", readable(empty))
     try:
         # As a WHERE the expression may not hold aggregates or windows.
         connection.execute(f"EXPLAIN SELECT 1 FROM rows WHERE ({sql}) IS NOT NULL").fetchall()
