@@ -23,7 +23,7 @@ from curate.config import DedupSettings
 from curate.dedup.near import Near, group_hashes, hashes_of, read_groups
 from curate.errors import PlanError
 from curate.metrics import Ticker
-from curate.rows import Column, columns_of, names_in, read_rows, schema_of
+from curate.rows import Column, columns_of, names_in, read_rows, readable, schema_of
 from curate.schema import KEY, OK, Shard, TableSpec, inputs_of, pool_digest
 from curate.stage import CrossStep, Map
 from curate.store import Store
@@ -89,7 +89,9 @@ class DedupStep(CrossStep):
                         f"dedup.{number}.by: {rule.by} needs the column {name}, which no table has; "
                         "add the scorer that writes it, e.g. score: {phash: {scorer: phash}}"
                     )
-            keep = tuple(names_in(rule.keep, schema))
+            if rule.threshold is not None:
+                raise PlanError(f"dedup.{number}.threshold: {rule.by} compares without one; leave it out")
+            keep = _checked(number, rule.keep, schema)
             self._rules.append(_Rule(number, rule, columns, keep, ""))
         used = {columns[name].table.name: columns[name].table for name in self._names(columns)}
         self._spec = TableSpec(
@@ -136,6 +138,20 @@ def dedup_step(rules: Sequence[DedupSettings], tables: Sequence[TableSpec], shar
     return DedupStep(rules, tables, shards)
 
 
+def _checked(number: int, keep: str, schema: pa.Schema) -> tuple[str, ...]:
+    """The columns that an ordering reads, after trying it on no rows. Raises PlanError."""
+    try:
+        names = tuple(names_in(keep, schema))
+        taken = {name.lower() for name in _DECIDED.names} & {name.lower() for name in names if name != KEY.name}
+        if taken:
+            raise PlanError(f"columns named {', '.join(sorted(taken))} cannot be ordered by; rename them in the source")
+        fields = [schema.field(name) for name in names if name != KEY.name]
+        _first_of_each(keep, pa.schema([*_DECIDED, *fields]).empty_table())
+    except PlanError as error:
+        raise PlanError(f"dedup.{number}.keep: {error}") from None
+    return names
+
+
 def _taking_part(store: Store, rule: _Rule, names: Sequence[str], before: Sequence[_Rule], shard: str) -> pa.Table:
     """Rows that have an image and a value, and that no earlier rule removed; `row_` is their number in the shard."""
     table = read_rows(store, rule.columns, list(dict.fromkeys(["status", *names])), shard)
@@ -171,15 +187,15 @@ def _candidates(store: Store, rule: _Rule, before: Sequence[_Rule], shard: str) 
     return table.append_column("similarity_", pa.array(similarity, pa.float32()))
 
 
+_DECIDED = pa.schema([KEY, SHARD, ROW, VALUE, pa.field("similarity_", pa.float32())])
 _VERDICT = pa.schema([SHARD, ROW, ("kept", pa.string()), ("similarity_", pa.float32())])
 
 
 def _first_of_each(keep: str, rows: pa.Table) -> pa.Table:
-    """(shard, row, key kept instead) of every row that is not the first of its group."""
+    """(shard, row, key kept instead) of every row that is not the first of its group. Raises PlanError."""
     with duckdb.connect(config={"threads": "1"}) as connection:
-        connection.register("candidates", rows)
-        found = connection.sql(
-            f"""
+        connection.register("candidates", readable(rows))
+        query = f"""
             WITH grouped AS (
               SELECT * FROM candidates
               WHERE value_ IN (SELECT value_ FROM candidates GROUP BY value_ HAVING count(*) > 1)
@@ -189,8 +205,14 @@ def _first_of_each(keep: str, rows: pa.Table) -> pa.Table:
               FROM grouped WINDOW w AS (PARTITION BY value_ ORDER BY {keep}, key, shard_, row_)
             )
             SELECT shard_, row_, kept, similarity_ FROM ranked WHERE place > 1 ORDER BY shard_, row_
-            """  # the recipe's own ordering, already bound against the schema
-        ).to_arrow_table()
+            """
+        try:
+            found = connection.sql(query).to_arrow_table()
+        except duckdb.Error as error:
+            cause = " ".join(str(error).split("\n\n", maxsplit=1)[0].split())
+            raise PlanError(
+                f"{keep}: {cause}; expected an ordering that holds for every row, e.g. with TRY_CAST"
+            ) from None
     return found.cast(_VERDICT)
 
 
