@@ -133,7 +133,14 @@ def looks_like_url(value: str) -> bool:
 
 
 def names_in_samples(own: Iterable[str], layout: Layout) -> dict[str, str]:
-    """Own column -> its name in `samples`. Raises SourceError when two would get the same name."""
+    """Own column -> its name in `samples`. Raises SourceError when two would get the same name.
+
+    A column without a name, as pandas writes its index to CSV, is called `unnamed`: SQL has no empty names.
+    """
+    own = list(own)
+    again = sorted({name for name in own if own.count(name) > 1})
+    if again:
+        raise SourceError(f"two columns have the same name: {', '.join(again)}; rename one in the source")
     given = {theirs: ours for ours, theirs in layout.columns.items()}
     named: dict[str, str] = {}
     for name in own:
@@ -142,7 +149,7 @@ def names_in_samples(own: Iterable[str], layout: Layout) -> dict[str, str]:
         elif name.lower() in OURS or name.lower() in {ours.lower() for ours in layout.columns}:
             named[name] = f"source_{name}"
         else:
-            named[name] = name.lower() if name.lower() in _LOWERED else name
+            named[name] = (name.lower() if name.lower() in _LOWERED else name) or "unnamed"
     lowered = [name.lower() for name in named.values()]
     twice = sorted({name for name in named.values() if lowered.count(name.lower()) > 1})
     if twice:
