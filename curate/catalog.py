@@ -8,14 +8,17 @@ from collections.abc import Mapping, Sequence
 
 import duckdb
 
-from curate.errors import MissingTable
+from curate.errors import MissingTable, StoreError
 from curate.rows import SAMPLES, columns_of
 from curate.schema import TableSpec
-from curate.store import Store
+from curate.store import Store, remedy
 
 
 def open_catalog(store: Store, tables: Sequence[TableSpec], shards: Sequence[str]) -> duckdb.DuckDBPyConnection:
-    """A connection with a view per table and, if any shard has them all, the view `rows`."""
+    """A connection with a view per table and, if any shard has them all, the view `rows`.
+
+    A table without a committed shard has no view. Raises StoreError for a shard whose file cannot be read.
+    """
     connection = duckdb.connect()
     if not store.is_local:
         connection.register_filesystem(store.fs)
@@ -26,16 +29,19 @@ def open_catalog(store: Store, tables: Sequence[TableSpec], shards: Sequence[str
             _view(connection, spec.name, _scan(store, spec, have))
     whole = [shard for shard in shards if all(shard in names for names in done.values())]
     if whole and tables:
-        joined = " POSITIONAL JOIN ".join(f'({_scan(store, spec, whole)}) AS "{spec.name}"' for spec in tables)
+        joined = " POSITIONAL JOIN ".join(f"({_scan(store, spec, whole)}) AS {quoted(spec.name)}" for spec in tables)
         names = ", ".join(
-            f'"{column.table.name}"."{column.column}" AS "{name}"' for name, column in columns_of(tables).items()
+            f"{quoted(column.table.name)}.{quoted(column.column)} AS {quoted(name)}"
+            for name, column in columns_of(tables).items()
         )
         _view(connection, "rows", f"SELECT {names} FROM {joined}")  # names of our own tables
     return connection
 
 
 def find_sample(connection: duckdb.DuckDBPyConnection, key_or_url: str) -> list[str]:
-    """Keys of the samples with this key or URL (one URL may stand with several texts)."""
+    """Keys of the samples with this key or URL (one URL may stand with several texts); none in an empty pool."""
+    if SAMPLES not in views_of(connection):
+        return []
     found = connection.execute(
         f"SELECT DISTINCT key FROM {SAMPLES} WHERE key = ? OR url = ? ORDER BY key",
         [key_or_url, key_or_url],
@@ -64,14 +70,29 @@ def count_by(connection: duckdb.DuckDBPyConnection, table: str, expression: str)
 
 
 def _view(connection: duckdb.DuckDBPyConnection, name: str, query: str) -> None:
-    connection.execute(f'CREATE VIEW "{name}" AS {query}')
+    try:
+        connection.execute(f"CREATE VIEW {quoted(name)} AS {query}")
+    except (duckdb.InvalidInputException, duckdb.IOException) as error:
+        cause = str(error).split("\n", maxsplit=1)[0]
+        raise StoreError(f"{cause}; {remedy(name)}") from None
+
+
+def views_of(connection: duckdb.DuckDBPyConnection) -> list[str]:
+    """Names of the views that a catalog has."""
+    found = connection.execute("SELECT view_name FROM duckdb_views() WHERE NOT internal ORDER BY 1").fetchall()
+    return [name for (name,) in found]
+
+
+def quoted(name: str) -> str:
+    """A name as SQL writes it; a source's columns may be called anything."""
+    return '"' + name.replace('"', '""') + '"'
 
 
 def _scan(store: Store, spec: TableSpec, shards: Sequence[str], places: bool = False) -> str:
     files = [_path(store, spec, shard).replace("'", "''") for shard in shards]
     listed = ", ".join(f"'{file}'" for file in files)
     extra = ", filename = true, file_row_number = true" if places else ""
-    names = ", ".join(f'"{name}"' for name in spec.schema.names)
+    names = ", ".join(quoted(name) for name in spec.schema.names)
     chosen = "*" if spec.open_schema or places else names
     return f"SELECT {chosen} FROM read_parquet([{listed}], union_by_name = {spec.open_schema}{extra})"
 

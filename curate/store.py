@@ -40,9 +40,16 @@ class Store:
 
     def __init__(self, root: str) -> None:
         self.root = root.rstrip("/") or root
-        # Listings must not be remembered: another worker may have committed since.
-        self.fs, self._base = fsspec.core.url_to_fs(self.root, use_listings_cache=False)
+        try:
+            if not root or "\0" in root:
+                raise ValueError(f"{root!r} is no place")
+            # Listings must not be remembered: another worker may have committed since.
+            self.fs, self._base = fsspec.core.url_to_fs(self.root, use_listings_cache=False)
+        except (ValueError, ImportError) as error:
+            raise StoreError(f"root {self.root}: {error}; expected a folder or a URL such as s3://bucket/run") from None
         self._base = self._base.rstrip("/")
+        if self.is_local and not _ground(Path(self._base)).is_dir():
+            raise StoreError(f"root {self.root}: {_ground(Path(self._base))} is a file, expected a folder")
 
     def __reduce__(self) -> tuple[type["Store"], tuple[str]]:
         return Store, (self.root,)  # each worker opens its own connections
@@ -51,6 +58,20 @@ class Store:
     def is_local(self) -> bool:
         """Whether the root is a folder of this machine."""
         return isinstance(self.fs, LocalFileSystem)
+
+    def check(self, *, writable: bool = False) -> None:
+        """Raise StoreError when the root cannot be reached or, if asked, not be written; nothing is written."""
+        if self.is_local:
+            if writable and not os.access(ground := _ground(Path(self._base)), os.W_OK | os.X_OK):
+                raise StoreError(f"root {self.root}: no permission to write in {ground}; choose another root")
+            return
+        bucket = self._base if "://" in self._base else self._base.partition("/")[0]
+        try:
+            found = not bucket or self.fs.exists(bucket)  # memory:// has none
+        except Exception as error:  # whatever the store's client raises: credentials, endpoint, DNS
+            raise StoreError(f"root {self.root}: cannot be reached: {type(error).__name__}: {error}") from None
+        if not found:
+            raise StoreError(f"root {self.root}: there is no {bucket}, or these credentials may not list it")
 
     # ---- files ---------------------------------------------------------------------------------------------------
 
@@ -163,14 +184,17 @@ class Store:
     def read_ranges(self, tar: str, offsets: Sequence[int], lengths: Sequence[int]) -> list[bytes]:
         """Byte ranges of one file, in the order asked for; neighbours are read in one request on an object store.
 
-        Raises StoreError when the file is shorter than a range says.
+        Raises StoreError when the file is gone, or shorter than a range says.
         """
         fs, full = self._locate(tar)
-        if isinstance(fs, LocalFileSystem):
-            with Path(full).open("rb") as handle:
-                parts = [os.pread(handle.fileno(), length, at) for at, length in zip(offsets, lengths, strict=True)]
-        else:
-            parts = _read_coalesced(fs, full, offsets, lengths)
+        try:
+            if isinstance(fs, LocalFileSystem):
+                with Path(full).open("rb") as handle:
+                    parts = [os.pread(handle.fileno(), length, at) for at, length in zip(offsets, lengths, strict=True)]
+            else:
+                parts = _read_coalesced(fs, full, offsets, lengths)
+        except FileNotFoundError:
+            raise StoreError(f"{tar}: the tar is gone, the table that points into it is not; restore it") from None
         for part, at, length in zip(parts, offsets, lengths, strict=True):
             if len(part) != length:
                 raise StoreError(
@@ -286,7 +310,7 @@ class Store:
         except FileNotFoundError:
             raise MissingTable(f"{self.url(path)}: never committed; run the stage that writes {spec.name}") from None
         except pa.ArrowInvalid as error:
-            raise StoreError(f"{self.url(path)}: not a Parquet file of ours: {error}") from None
+            raise StoreError(f"{self.url(path)}: not a Parquet file of ours: {error}; {remedy(spec.name)}") from None
 
     # ---- the pool ------------------------------------------------------------------------------------------------
 
@@ -302,6 +326,16 @@ class Store:
     def shards(self, samples: TableSpec) -> list[Shard]:
         """Every shard of the pool, in order of ingestion."""
         return [Shard(shard["name"], shard["rows"]) for batch in self.batches(samples) for shard in batch["shards"]]
+
+
+def remedy(table: str) -> str:
+    """What to do about a file of this table that cannot be read; all other tables are made from `samples`."""
+    return "delete it and run again" if table != "samples" else "restore it from a copy, or start a new root"
+
+
+def _ground(path: Path) -> Path:
+    """The nearest of a path and its parents that exists."""
+    return next(place for place in (path, *path.parents) if place.exists() or place == place.parent)
 
 
 def _is_dead(path: Path) -> bool:

@@ -16,12 +16,12 @@ from curate.config import EngineSettings, Recipe
 from curate.engine.attempts import forgive, set_aside
 from curate.engine.driver import Driver
 from curate.engine.inline import InlineDriver
-from curate.errors import StageError
+from curate.errors import StageError, StoreError
 from curate.metrics import Cost, progress, total
 from curate.retry import check_statuses, reopen, revised
 from curate.schema import Shard, TableSpec
 from curate.stage import CrossStep, ShardReport, Stage
-from curate.store import Store
+from curate.store import Store, remedy
 
 PLAN = "plan.json"  # what the newest run of this root is made of; `status`, `explain` and `sql` start from it
 
@@ -59,6 +59,7 @@ class Job:
         self._open = driver or (lambda: open_driver(recipe.engine))
         check_statuses(retry - {"set_aside"})
         self._retry = retry
+        self.store.check(writable=True)
 
     @property
     def driver(self) -> Driver:
@@ -84,6 +85,10 @@ class Job:
         self._register(step)
         self._across(step, [])
         self.shards = self.store.shards(samples)
+        gone = sorted({shard.name for shard in self.shards} - self.store.done(samples))
+        if gone:
+            where = self.store.url(self.store.shard_path(samples, gone[0]))
+            raise StoreError(f"{where}: {len(gone)} shards of the pool lost their samples; {remedy(samples.name)}")
         self.records[-1].of = len(self.shards)
         return samples
 
@@ -118,7 +123,10 @@ class Job:
         alive = [shard for shard in self.shards if shard.name not in lost]
         if self.shards and not alive:
             causes = [cause for record in records for cause in record.set_aside.values()]
-            raise StageError(f"every shard was set aside; the last cause: {causes[-1]}")
+            raise StageError(
+                f"every shard was set aside; the last cause: {causes[-1]}\n"
+                "mend it, then run again (with --retry set_aside when the recipe stays as it is)"
+            )
         self.shards = alive
 
     def across(self, step: CrossStep) -> None:
