@@ -3,6 +3,7 @@
 import importlib
 import pkgutil
 import sys
+import traceback
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from functools import wraps
@@ -14,12 +15,12 @@ from rich.console import Console
 from rich.markup import escape
 from rich.table import Table
 
-from curate.catalog import find_sample, locate_sample, open_catalog
+from curate.catalog import find_sample, locate_sample, open_catalog, views_of
 from curate.config import Recipe, load_recipe, parse_recipe
 from curate.engine.job import PLAN, Job, unpack_spec
-from curate.errors import ConfigError, CurateError, PlanError, WeightsError
+from curate.errors import ConfigError, CurateError, PlanError, StoreError, WeightsError
 from curate.metrics import Ticker, progress
-from curate.report.terminal import print_funnel, print_plan, print_release, print_sample, shown
+from curate.report.terminal import complain, print_funnel, print_plan, print_release, print_sample, printable, shown
 from curate.rows import SAMPLES
 from curate.schema import TableSpec
 from curate.store import Store
@@ -36,7 +37,7 @@ app = typer.Typer(
 weights_app = typer.Typer(no_args_is_help=True, help="Model files: what is needed, from where, under which licence.")
 app.add_typer(weights_app, name="weights")
 
-out = Console(width=None if sys.stdout.isatty() else 160)  # a log has no width of its own
+out = Console(width=None if sys.stdout.isatty() else 160, emoji=False)  # a log has no width, `:x:` is no emoji
 RecipeFile = Annotated[Path, typer.Argument(help="Recipe file, e.g. configs/demo.yaml", show_default=False)]
 Overrides = Annotated[
     list[str] | None,
@@ -49,14 +50,19 @@ EngineName = Annotated[str | None, typer.Option("--engine", help="ray or inline;
 
 
 def guarded(command: Callable[..., None]) -> Callable[..., None]:
-    """Errors raised on purpose become one message and exit code 2; anything else keeps its traceback."""
+    """Errors raised on purpose, and the system's, become one message and exit code 2; others keep their traceback."""
 
     @wraps(command)
     def run(*args: Any, **kwargs: Any) -> None:
         try:
             command(*args, **kwargs)
         except CurateError as error:
-            Console(stderr=True, soft_wrap=True).print(f"[bold red]{type(error).__name__}[/]: {escape(str(error))}")
+            complain(type(error).__name__, str(error))
+            raise typer.Exit(2) from None
+        except OSError as error:
+            *_, last = traceback.extract_tb(error.__traceback__)
+            place = f"{Path(last.filename).name}:{last.lineno}"
+            complain(type(error).__name__, f"{error} ({place})\nmend the disk, permission or network; then run again")
             raise typer.Exit(2) from None
 
     return run
@@ -89,7 +95,7 @@ def plan(recipe: RecipeFile, overrides: Overrides = None) -> None:
 
     Settings, columns, expressions, weights and storage are checked; what is wrong is named with the key.
     """
-    settings = _recipe(recipe, overrides, "inline")
+    settings = _recipe(recipe, overrides, None)
     job = _go(settings, dry=True)
     print_plan(out, job)
     for name, cause in job.set_aside.items():
@@ -143,7 +149,7 @@ def sql(
     query: Annotated[str, typer.Argument(help="DuckDB SQL, e.g. 'SELECT status, count(*) FROM images GROUP BY 1'")],
     root: Root,
     out_file: Annotated[Path | None, typer.Option("--out", help="Write Parquet or CSV instead of printing.")] = None,
-    limit: Annotated[int, typer.Option(help="Rows printed.")] = 50,
+    limit: Annotated[int, typer.Option(help="Rows printed.", min=0)] = 50,
 ) -> None:
     """Ask the tables of a run. Views: one per table, and `rows` with all columns side by side.
 
@@ -154,19 +160,22 @@ def sql(
     store, tables, _ = _opened(root)
     shards = [shard.name for shard in store.shards(tables[0])]
     with open_catalog(store, tables, shards) as connection:
+        views = views_of(connection)
         try:
             relation = connection.sql(query)
+            if relation is None:
+                return
+            if out_file is not None:
+                writer = relation.write_csv if out_file.suffix == ".csv" else relation.write_parquet
+                writer(str(out_file))
+                out.print(f"wrote {out_file}", markup=False)
+                return
+            rows = relation.limit(limit).fetchall()
         except duckdb.Error as error:
-            raise PlanError(f"{str(error).strip()}\nviews: {', '.join(spec.name for spec in tables)}, rows") from None
-        if relation is None:
-            return
-        if out_file is not None:
-            writer = relation.write_csv if out_file.suffix == ".csv" else relation.write_parquet
-            writer(str(out_file))
-            return
-        table = Table(*relation.columns)
-        for row in relation.limit(limit).fetchall():
-            table.add_row(*(escape(str(value)) for value in row))
+            raise PlanError(f"{str(error).strip()}\nviews: {', '.join(views) or 'none yet'}") from None
+        table = Table(*(escape(printable(name)) for name in relation.columns))
+        for row in rows:
+            table.add_row(*(escape(printable(str(value))) for value in row))
         out.print(table)
 
 
@@ -342,10 +351,14 @@ def _root_of(where: str) -> str:
 
 def _opened(root: str) -> tuple[Store, list[TableSpec], Any]:
     store = Store(root)
+    store.check()
     note = store.get_json(PLAN)
     if note is None:
         raise PlanError(f"{root}: no run was ever finished here ({PLAN} is missing); check --root or run a recipe")
-    tables = [unpack_spec(plain) for plain in note["tables"]]
+    try:
+        tables = [unpack_spec(plain) for plain in note["tables"]]
+    except (KeyError, TypeError, ValueError) as error:
+        raise StoreError(f"{store.url(PLAN)}: not a plan that this curate wrote ({error!r}); run the recipe") from None
     return store, sorted(tables, key=lambda spec: spec.name != SAMPLES), note
 
 

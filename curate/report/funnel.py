@@ -8,7 +8,7 @@ from dataclasses import dataclass
 
 import duckdb
 
-from curate.catalog import count_by, open_catalog
+from curate.catalog import count_by, open_catalog, views_of
 from curate.metrics import total
 from curate.rows import SAMPLES
 from curate.schema import OK, STATUSES, TableSpec
@@ -31,7 +31,7 @@ def funnel(store: Store, tables: Sequence[TableSpec], shards: Sequence[str]) -> 
     by_name = {spec.name: spec for spec in tables}
     lines = _ingested(store, by_name[SAMPLES])
     with open_catalog(store, tables, shards) as connection:
-        views = {name for (name,) in connection.execute("SELECT view_name FROM duckdb_views()").fetchall()}
+        views = views_of(connection)
         if "images" in views:
             lines += _statuses(connection)
         for spec in tables:

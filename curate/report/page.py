@@ -15,7 +15,7 @@ import duckdb
 import pyarrow as pa
 from PIL import Image
 
-from curate.catalog import open_catalog
+from curate.catalog import open_catalog, views_of
 from curate.report.funnel import MEMBER, Line, funnel
 from curate.schema import TableSpec
 from curate.store import Store
@@ -48,7 +48,7 @@ def write_page(store: Store, tables: Sequence[TableSpec], shards: Sequence[str])
     """The whole page as HTML text. Counts and pictures are of the committed tables; raises MissingTable for none."""
     body = [f"<h1>{escape(store.root)}</h1>", _funnel_table(funnel(store, tables, shards))]
     with open_catalog(store, tables, shards) as connection:
-        views = {name for (name,) in connection.execute("SELECT view_name FROM duckdb_views()").fetchall()}
+        views = views_of(connection)
         if "rows" in views:
             body += list(_histograms(connection, tables))
             for spec in tables:

@@ -62,4 +62,16 @@ def shown(value: Any) -> str:
     """A value for a table on a terminal: long vectors by their length, long texts cut, markup escaped."""
     if isinstance(value, float):
         return f"{value:.4g}"
-    return escape((f"{len(value)} numbers" if isinstance(value, list) and len(value) > 16 else str(value))[:300])
+    words = f"{len(value)} numbers" if isinstance(value, list) and len(value) > 16 else str(value)
+    return escape(printable(words[:300]))
+
+
+def printable(text: str, keep: str = "") -> str:
+    """Text from the web without what would drive a terminal: control characters and direction marks as escapes."""
+    return "".join(one if one.isprintable() or one in keep else one.encode("unicode_escape").decode() for one in text)
+
+
+def complain(kind: str, words: str) -> None:
+    """An error on the standard error."""
+    console = Console(stderr=True, soft_wrap=True, emoji=False)
+    console.print(f"[bold red]{kind}[/]: {escape(printable(words, keep=chr(10)))}")
