@@ -136,7 +136,7 @@ class Client:
             if reading:
                 raise Refusal("too_slow", f"body not complete in {budget_s:g} s") from None
             raise Temporary("timeout", brief(error) if str(error) else f"no answer in {first_byte_s:g} s") from None
-        except (aiohttp.ClientError, OSError, ValueError) as error:
+        except Exception as error:  # whatever the library raises on hostile bytes costs this URL, not the shard
             raise _refusal(error) from None
 
     def _judge(self, response: aiohttp.ClientResponse, consent: bool) -> Redirect | None:

@@ -18,8 +18,8 @@ from curate.fetch.strip import stripped
 
 EXTENSIONS = {"jpeg": "jpg", "png": "png", "webp": "webp"}
 PNG_LEVEL = 6  # img2dataset's png quality is 0–9; a value beyond is a jpg quality left in the recipe
-# A JPEG is decoded at 1/2, 1/4 or 1/8 only while this many decoded pixels remain per stored one along a side. Measured on
-# 119 real photographs and documents, PSNR against full decode + area, median (5th percentile), CPU to 512 px:
+# A JPEG is decoded at 1/2, 1/4 or 1/8 only while this many decoded pixels remain per stored one along a side. Measured
+# on 119 real photographs and documents, PSNR against full decode + area, median (5th percentile), CPU to 512 px:
 # 2.0: 50 (41) dB, 5.1 ms; 1.25: 46 (36) dB, 4.0 ms; 1.0: 45 (33) dB, 3.6 ms; full decode + area: 8.7 ms.
 SCALE_MARGIN = 1.25
 LONGEST_FILTER = 4.0  # source pixels per stored one; beyond, five taps no longer cover the box
@@ -123,7 +123,8 @@ def _resize(pixels: Pixels, size: tuple[int, int], header: Header) -> Pixels:
 
     OpenCV's INTER_AREA spends 3 ns a source value at ratios that are no whole numbers: 2.2 ms for 1024x683 to 256, more
     than its decoding. Below a ratio of 4 a short symmetric filter of the same variance before linear sampling gives
-    the same picture (119 real ones at 512 pixels: median 51 dB against area, 5th percentile 41) in a quarter of the time.
+    the same picture (119 real ones at 512 pixels: median 51 dB against area, 5th percentile 41) in a quarter of the
+    time.
     """
     height, width = pixels.shape[:2]
     if (width, height) == size:
