@@ -1,5 +1,6 @@
 """The main job as a user runs it: URL table in, subsets out, whatever happens on the way."""
 
+import hashlib
 import json
 import os
 import random
@@ -71,6 +72,23 @@ def test_ray_with_one_and_two_workers_gives_the_same_release(web: Web, whole: Pa
         limits = dict.fromkeys(("fetch", "score", "score_text", "select"), workers)
         curate("run", web.recipe(root, engine={"driver": "ray", "cpus": 2, "workers": limits}))
         assert release_of(root) == release_of(whole)
+
+
+def test_root_on_s3_gives_the_same_release(web: Web, whole: Path, s3_bucket: str, tmp_path: Path) -> None:
+    """Guards against a line that works on a disk only: renames, listings, half-written objects."""
+    import s3fs
+
+    recipe = web.recipe(tmp_path / "run")
+    recipe.write_text(recipe.read_text().replace(str(tmp_path / "run"), f"{s3_bucket}/run"))
+    curate("run", recipe)
+    curate("verify", f"{s3_bucket}/run")
+    fs = s3fs.S3FileSystem()
+    folder = f"{s3_bucket}/run/releases/{fs.cat_file(f'{s3_bucket}/run/releases/latest').decode().strip()}"
+    prefix = folder.removeprefix("s3://")
+    found = {path.removeprefix(f"{prefix}/"): hashlib.sha256(fs.cat_file(path)).hexdigest() for path in fs.find(folder)}
+    assert found == release_of(whole)
+    curate("run", recipe)
+    assert set(fs.find(folder)) == {f"{prefix}/{name}" for name in found}
 
 
 @pytest.mark.parametrize(("engine", "kills"), [("inline", 10), ("ray", 3)])
