@@ -4,8 +4,7 @@ import importlib
 import pkgutil
 import sys
 import traceback
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable
 from functools import wraps
 from pathlib import Path
 from typing import Annotated, Any
@@ -59,6 +58,9 @@ def guarded(command: Callable[..., None]) -> Callable[..., None]:
         except CurateError as error:
             complain(type(error).__name__, str(error))
             raise typer.Exit(2) from None
+        except KeyboardInterrupt:  # caught here: Typer would end without a word
+            complain("interrupted", "run the same command again, and it goes on where it stopped")
+            raise typer.Exit(130) from None
         except OSError as error:
             *_, last = traceback.extract_tb(error.__traceback__)
             place = f"{Path(last.filename).name}:{last.lineno}"
@@ -380,20 +382,9 @@ def _release_of(release: str) -> tuple[str, str]:
     return trimmed, latest
 
 
-@contextmanager
-def _quiet() -> Iterator[None]:
-    """Ctrl-C ends with a word, not a traceback."""
-    try:
-        yield
-    except KeyboardInterrupt:
-        sys.stderr.write("\ninterrupted; run the same command again to go on where it stopped\n")
-        sys.exit(130)
-
-
 def main() -> None:
     """Entry point."""
-    with _quiet():
-        app()
+    app()
 
 
 if __name__ == "__main__":

@@ -8,10 +8,11 @@ import click
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
+import typer
 import yaml
 from typer.testing import CliRunner
 
-from curate.cli import app
+from curate.cli import app, guarded
 
 CAPTIONS = ["<script>alert(1)</script>", "a\0b", "\x1b[31mred\u202e", ":x: [bold]", "x" * 1_000_000, "l1\nl2", "", None]
 
@@ -150,3 +151,26 @@ def test_damaged_shards_are_named_with_what_to_do(pool: Path, tmp_path: Path) ->
     code, shown = call("run", recipe)
     assert code == 2
     assert "lost their samples" in shown
+
+
+def test_ctrl_c_and_the_disk_end_with_a_word() -> None:
+    """Guards against an end that does not say whether anything is lost."""
+
+    def ends_with(error: BaseException) -> tuple[int, str]:
+        own = typer.Typer()
+
+        def fail() -> None:
+            raise error
+
+        own.command()(guarded(fail))
+        result = CliRunner().invoke(own, [])
+        return result.exit_code, result.output
+
+    assert ends_with(KeyboardInterrupt()) == (
+        130, "interrupted: run the same command again, and it goes on where it stopped\n"
+    )  # fmt: skip
+    code, words = ends_with(OSError(28, "No space left on device", "/data/x"))
+    assert (code, words.startswith("OSError: [Errno 28] No space left on device: '/data/x' (test_hostile.py:")) == (
+        2,
+        True,
+    )
