@@ -1,0 +1,173 @@
+"""Steps across shards: the pool's cells, retrieval near seed sets, and balanced sampling under a tree of cells.
+
+    cells                  cell, distance                                 which cell a row's vector is in
+    retrieved              is_retrieved, retrieved_by, …                  which seed sets retrieve it
+    hierarchical_sample    hierarchical_sample_<target>                   how often a balanced sample takes it
+
+Declared here so that a plan loads neither torch nor FAISS; the passes are in `partition`, `seeds`, `sample_based`,
+`by_cells` and `gather`. All of them leave whole files in the store: killed anywhere, a second run goes on to the same
+rows, and so does any number of workers.
+"""
+
+from collections.abc import Mapping, Sequence
+from typing import Any, cast
+
+import pyarrow as pa
+
+from curate.config import CellsSettings, HierarchySettings, RetrieveSettings
+from curate.errors import PlanError
+from curate.metrics import Ticker
+from curate.retrieve.vector_files import digest_of
+from curate.schema import KEY, Shard, TableSpec, inputs_of, pool_digest
+from curate.stage import CrossStep, Map
+from curate.store import Store
+from curate.vectors import Pool, pool_of
+
+CELLS = (pa.field("cell", pa.int32()), pa.field("distance", pa.float32()))
+RETRIEVED = (
+    pa.field("is_retrieved", pa.bool_(), nullable=False),
+    pa.field("retrieved_by", pa.list_(pa.string())),  # the sets, in the recipe's order; the lists go together
+    pa.field("retrieved_similarity", pa.list_(pa.float32())),  # cosine to the nearest seed of the set
+    pa.field("retrieved_rank", pa.list_(pa.int32())),  # best place among a seed's neighbours, from 1
+    pa.field("retrieved_times", pa.list_(pa.int32())),  # seeds of the set that retrieve the row
+    pa.field("retrieved_count", pa.int32(), nullable=False),  # sum over the sets; `count_once`: sets
+)
+
+
+class CellsStep(CrossStep):
+    """Writes `cells`: null for rows that do not take part or whose vector is unusable."""
+
+    name = "cells"
+
+    def __init__(
+        self, settings: CellsSettings, store: Store, tables: Sequence[TableSpec], shards: Sequence[Shard]
+    ) -> None:
+        self.settings = settings
+        self.given, self.shards = tuple(tables), tuple(shards)
+        self.pool = pool_of(store, tables, shards, settings.by, settings.where, self.name)
+        identity = settings.model_dump(mode="json")
+        if settings.centroids is None:
+            identity["pool"] = pool_digest(shards)
+        else:  # nothing is trained: a row's cell depends on no other row, and a refresh only adds shards
+            identity["centroids"] = digest_of(settings.centroids, "cells.centroids")
+        self._spec = TableSpec("cells", 1, pa.schema([KEY, *CELLS]), identity, inputs_of(self.pool.tables))
+        self.tables = (self._spec,)
+
+    @property
+    def facts(self) -> str:
+        """Where the facts of the partition are kept."""
+        return f"_cells/{self._spec.fingerprint}/facts.json"
+
+    def done(self, store: Store, shards: Sequence[Shard]) -> bool:
+        """Whether every shard has its cells, and the pool its sizes."""
+        known = store.get_json(self.facts)
+        rows = sum(shard.rows for shard in shards)
+        counted = known is not None and known["rows"] + known["rows_without_cell"] == rows
+        return counted and {shard.name for shard in shards} <= store.done(self._spec)
+
+    def run(self, store: Store, shards: Sequence[Shard], map_items: Map, ticker: Ticker) -> Mapping[str, int]:
+        """Train and assign; counts are those of the partition."""
+        from curate.retrieve import partition  # noqa: PLC0415  # torch and FAISS: not for a plan
+
+        place = partition.Place(self._spec, self.settings.metric)
+        work = f"_work/cells/{self._spec.fingerprint}"
+        partition.prepare(self.pool, place, self.settings, work, map_items)
+        counts = partition.assign_all(self.pool, place, shards, map_items, ticker)
+        store.remove_tree(work)
+        return counts
+
+
+def cells_step(
+    settings: CellsSettings, store: Store, tables: Sequence[TableSpec], shards: Sequence[Shard]
+) -> CellsStep:
+    """The step for these settings over these tables. Raises PlanError for an unknown column, bad SQL, or a file."""
+    return CellsStep(settings, store, tables, shards)
+
+
+class RetrieveStep(CrossStep):
+    """Writes `retrieved`, and a table of the sets with their own counts."""
+
+    name = "retrieve"
+
+    def __init__(self, settings: RetrieveSettings, cells: CellsStep) -> None:
+        self.settings, self._cells = settings, cells
+        identity = settings.model_dump(mode="json") | {"pool": pool_digest(cells.shards)}
+        read = {spec.name: spec for spec in (*cells.pool.tables, *cells.tables)}
+        for one, plain in zip(settings.sets, identity["sets"], strict=True):
+            place = f"retrieve.sets.{one.name}"
+            if one.embeddings is not None:
+                plain["embeddings"] = digest_of(one.embeddings, f"{place}.embeddings")
+            else:
+                rows = pool_of(cells.pool.store, cells.given, cells.shards, cells.settings.by, one.where, place)
+                read |= {spec.name: spec for spec in rows.tables}
+        self._spec = TableSpec("retrieved", 1, pa.schema([KEY, *RETRIEVED]), identity, inputs_of(read.values()))
+        self.tables = (self._spec,)
+
+    @property
+    def _table(self) -> str:
+        return f"_retrieved/{self._spec.fingerprint}/table.json"
+
+    def done(self, store: Store, shards: Sequence[Shard]) -> bool:
+        """Whether every shard has its rows and the sets their counts."""
+        return store.exists(self._table) and {shard.name for shard in shards} <= store.done(self._spec)
+
+    def report(self, store: Store) -> dict[str, Any] | None:
+        """The sets with their own counts; None before the step has run. See `gather.table_of`."""
+        return cast("dict[str, Any] | None", store.get_json(self._table))
+
+    def run(self, store: Store, shards: Sequence[Shard], map_items: Map, ticker: Ticker) -> Mapping[str, int]:
+        """Retrieve; counts are the images that each set gives."""
+        from curate.retrieve import by_cells, gather, partition, sample_based, seeds  # noqa: PLC0415  # torch, FAISS
+
+        place = partition.Place(self._cells.tables[0], self._cells.settings.metric)
+        pool = self._cells.pool
+        parts = partition.parts_of(place.sizes(store), 2 * pool.width)
+        work = seeds.Retrieval(pool, place, self.settings, parts, f"_work/retrieved/{self._spec.fingerprint}")
+        met = seeds.hand_out(work, map_items)
+        sampled = sample_based.retrieve(work, map_items)
+        clustered = by_cells.retrieve(work, met, shards, map_items)
+        counts, spread = gather.write_all(work, self._spec, shards, map_items, ticker)
+        table = gather.table_of(work, met, sampled, clustered, counts, spread)
+        store.put_json(self._table, table)
+        store.remove_tree(work.work)
+        return {f"retrieved by {line['set']}": line["final"] for line in table["sets"]}
+
+
+def retrieve_step(settings: RetrieveSettings, cells: CellsStep) -> RetrieveStep:
+    """The step for these sets over the pool of `cells`. Raises PlanError for bad SQL or a file that is not there."""
+    return RetrieveStep(settings, cells)
+
+
+class HierarchyStep(CrossStep):
+    """Writes `hierarchical_sample`: a column for each target, how often the sample takes the row (0: not at all)."""
+
+    name = "hierarchy"
+
+    def __init__(self, settings: HierarchySettings, cells: CellsStep) -> None:
+        if cells.settings.metric != "l2":
+            raise PlanError("hierarchy: its lowest level is the cells, and it is Euclidean; set cells.metric: l2")
+        self.settings, self._cells = settings, cells
+        fields = [pa.field(f"hierarchical_sample_{target}", pa.int32()) for target in settings.targets]
+        identity = settings.model_dump(mode="json") | {"pool": pool_digest(cells.shards)}
+        self._spec = TableSpec("hierarchical_sample", 1, pa.schema([KEY, *fields]), identity, inputs_of(cells.tables))
+        self.tables = (self._spec,)
+
+    def done(self, store: Store, shards: Sequence[Shard]) -> bool:
+        """Whether every shard has its sample."""
+        return {shard.name for shard in shards} <= store.done(self._spec)
+
+    def run(self, store: Store, shards: Sequence[Shard], map_items: Map, ticker: Ticker) -> Mapping[str, int]:
+        """Build the tree over the centroids, share out the targets, draw; counts are the images of each target."""
+        from curate.retrieve import partition, tree  # noqa: PLC0415  # torch and FAISS: not for a plan
+
+        place = partition.Place(self._cells.tables[0], self._cells.settings.metric)
+        work = f"_work/hierarchical_sample/{self._spec.fingerprint}"
+        pool: Pool = self._cells.pool
+        counts = tree.sample(pool, place, self.settings, self._spec, work, shards, map_items, ticker)
+        store.remove_tree(work)
+        return counts
+
+
+def hierarchy_step(settings: HierarchySettings, cells: CellsStep) -> HierarchyStep:
+    """The step for this tree over the pool of `cells`. Raises PlanError for cells that are not Euclidean."""
+    return HierarchyStep(settings, cells)

@@ -1,0 +1,105 @@
+"""Vectors that a recipe brings along: .npy, .npz and Parquet, here or behind any fsspec URL.
+
+    .npy       a matrix [n, d]
+    .npz       its array `array`, or its only one
+    Parquet    its column `array`, or its only column of lists
+
+A local .npy is read in pieces without reading the rest; so are Parquet's row groups. It refuses pickles, ragged rows
+and whatever is not a matrix of numbers.
+"""
+
+import hashlib
+from functools import lru_cache
+from typing import Any, BinaryIO, cast
+
+import fsspec
+import numpy as np
+import numpy.typing as npt
+import pyarrow as pa
+import pyarrow.compute as pc
+import pyarrow.parquet as pq
+from fsspec.implementations.local import LocalFileSystem
+
+from curate.errors import PlanError
+
+WINDOWS, WINDOW_BYTES = 64, 1 << 20  # a file below 64 MB is hashed whole, a larger one at 64 places and by its size
+
+
+def digest_of(path: str, place: str) -> str:
+    """What names the file's content. Raises PlanError when it cannot be read; `place` starts the text."""
+    try:
+        with _open(path) as handle:
+            size = handle.seek(0, 2)
+            digest = hashlib.sha256(str(size).encode())
+            step = max(WINDOW_BYTES, (size - WINDOW_BYTES) // (WINDOWS - 1))
+            for at in range(0, size, step):
+                handle.seek(at)
+                digest.update(handle.read(WINDOW_BYTES))
+    except (OSError, ValueError, ImportError) as error:
+        raise PlanError(f"{place}: {path} cannot be read: {error}") from None
+    return digest.hexdigest()
+
+
+def length_of(path: str, array: str | None) -> int:
+    """How many vectors a file holds. Raises PlanError when it is none of the three."""
+    if path.endswith(".parquet"):
+        with _open(path) as handle:
+            return int(pq.read_metadata(handle).num_rows)
+    return len(_matrix(path, array))
+
+
+def read_span(path: str, array: str | None, start: int, stop: int) -> npt.NDArray[Any]:
+    """Vectors `start` to `stop` of a file, [stop - start, d]; a null of Parquet is a row of NaN."""
+    if path.endswith(".parquet"):
+        return _parquet(path, array, start, stop)
+    return np.array(_matrix(path, array)[start:stop])
+
+
+@lru_cache(maxsize=1)  # pieces of one file are read one after the other
+def _matrix(path: str, array: str | None) -> npt.NDArray[Any]:
+    fs, inner = fsspec.core.url_to_fs(path)
+    try:
+        if path.endswith(".npy") and isinstance(fs, LocalFileSystem):
+            held = np.load(inner, mmap_mode="r", allow_pickle=False)
+        else:
+            with _open(path) as handle:
+                held = np.load(handle, allow_pickle=False)
+                if not isinstance(held, np.ndarray):
+                    held = held[_chosen(path, array, held.files)]
+    except ValueError as error:
+        raise PlanError(f"{path}: neither .npy nor .npz of numbers: {error}") from None
+    if held.ndim != 2 or not np.issubdtype(held.dtype, np.floating):
+        raise PlanError(f"{path}: a matrix of floats is expected, found {held.dtype}{list(held.shape)}")
+    return cast(npt.NDArray[Any], held)
+
+
+def _parquet(path: str, array: str | None, start: int, stop: int) -> npt.NDArray[Any]:
+    with _open(path) as handle, pq.ParquetFile(handle) as file:
+        lists = [field.name for field in file.schema_arrow if pa.types.is_nested(field.type)]
+        name = _chosen(path, array, lists)
+        ends = np.cumsum([0] + [file.metadata.row_group(group).num_rows for group in range(file.num_row_groups)])
+        groups = [group for group in range(file.num_row_groups) if ends[group] < stop and ends[group + 1] > start]
+        if not groups:
+            return np.empty((0, 0), np.float32)
+        column = file.read_row_groups(groups, columns=[name]).column(name)
+    part = column.slice(start - int(ends[groups[0]]), stop - start)
+    there = part.drop_null()
+    floats = np.asarray(there.combine_chunks().flatten(), dtype=np.float32)
+    if len(there) and (len(floats) % len(there) or len(set(pc.list_value_length(there).to_pylist())) > 1):
+        raise PlanError(f"{path}: the lists of {name} are not all of one length")
+    out = np.full((len(part), len(floats) // max(len(there), 1)), np.nan, np.float32)
+    out[np.asarray(part.is_valid())] = floats.reshape(len(there), -1)
+    return out
+
+
+def _chosen(path: str, array: str | None, names: list[str]) -> str:
+    if array is not None and array in names:
+        return array
+    if array is None and len(names) == 1:
+        return names[0]
+    raise PlanError(f"{path}: `array` is {array!r}; it has {', '.join(names) or 'no vectors'}")
+
+
+def _open(path: str) -> BinaryIO:
+    fs, inner = fsspec.core.url_to_fs(path)
+    return cast(BinaryIO, fs.open(inner, "rb"))
