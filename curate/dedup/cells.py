@@ -65,6 +65,7 @@ class Recall:
 def train_cells(
     sample: VectorArray, n: int, *,
     probes: int = PROBES, rows_per_cell: int = ROWS_PER_CELL, seed: int = 0, iterations: int = 10,
+    cells: int | None = None,
 ) -> FloatArray:  # fmt: skip
     """Place the cells by spherical k-means on a sample, and split those that would hold too many rows.
 
@@ -76,6 +77,7 @@ def train_cells(
             as far as the sample can tell them apart.
         seed: of the k-means.
         iterations: of Lloyd's algorithm.
+        cells: exactly so many (as far as the sample has rows), none of them split: SemDeDup's published cells.
 
     Returns:
         float32[K, d], unit length; K = 1 where one cell holds all.
@@ -87,20 +89,22 @@ def train_cells(
     unit = np.ascontiguousarray(block.heads.cpu().numpy())
     if not len(unit):
         raise PlanError("train_cells: the sample has no finite, non-zero vector")
+    if cells is not None and cells > 1:
+        return _k_means(unit, min(len(unit), cells), seed, iterations)
     count = min(len(unit), max(1, round(n * probes / rows_per_cell)))
-    if n <= ONE_CELL * rows_per_cell or count == 1:
+    if cells == 1 or n <= ONE_CELL * rows_per_cell or count == 1:
         mean = unit.mean(axis=0, keepdims=True)
         return np.asarray(mean / max(float(np.linalg.norm(mean)), 1e-12), np.float32)
     centres = _k_means(unit, count, seed, iterations)
     for _ in range(SPLIT_ROUNDS):
-        cells = assign_cells(unit, centres, probes)[0]
-        rows = np.bincount(cells.ravel(), minlength=len(centres)) * (n / len(unit))
+        entered = assign_cells(unit, centres, probes)[0]
+        rows = np.bincount(entered.ravel(), minlength=len(centres)) * (n / len(unit))
         large = np.flatnonzero(rows > SPLIT_ABOVE * rows_per_cell)
         if not len(large):
             break
         kept = [np.delete(centres, large, axis=0)]
         for cell in large:
-            members = unit[(cells == cell).any(axis=1)]
+            members = unit[(entered == cell).any(axis=1)]
             kept.append(_k_means(members, min(len(members), int(-(-rows[cell] // rows_per_cell))), seed, iterations))
         centres = np.concatenate(kept)
     return centres
@@ -191,7 +195,7 @@ def pairs_over_cells(
     cells, _ = assign_cells(vectors, centres, probes, device=device)
     found: list[tuple[IntArray, FloatArray]] = []
     left_gb = memory_gb
-    for cell, rows in _rows_of(cells):
+    for cell, rows in rows_of_cells(cells):
         pairs, cosine = pairs_in_cell(
             vectors[rows], cells[rows], cell, threshold, device=device, memory_gb=max(left_gb, 0.0)
         )
@@ -220,7 +224,7 @@ def edges_over_cells(
     usable = assign_cells(vectors[copies], centres, 1, device=device)[0][:, 0] >= 0
     found = [(np.stack([first[copies], copies], axis=1)[usable], equal[usable])]
     cells, _ = assign_cells(vectors[alone], centres, probes, device=device)
-    for _, rows in _rows_of(cells):
+    for _, rows in rows_of_cells(cells):
         pairs, cosine = edges_above(vectors[alone[rows]], threshold, device=device)
         found.append((alone[rows][pairs], cosine))
     pairs, cosine = _ascending(found)
@@ -241,12 +245,10 @@ def nearest_over_cells(
     """
     cells, _ = assign_cells(vectors, centres, probes, device=device)
     found = []
-    for _, rows in _rows_of(cells):
+    for _, rows in rows_of_cells(cells):
         pairs, cosine = nearest_above(vectors[rows], threshold, neighbours, device=device)
         found.append((rows[pairs], cosine))
-    pairs, cosine = _ascending(found)
-    kept = _nearest(pairs, cosine, neighbours)
-    return pairs[kept], cosine[kept]
+    return keep_nearest(found, neighbours)
 
 
 def measure_recall(
@@ -284,7 +286,7 @@ def _k_means(unit: FloatArray, count: int, seed: int, iterations: int) -> FloatA
     return np.asarray(means.centroids, np.float32).reshape(-1, unit.shape[1])
 
 
-def _rows_of(cells: CellArray) -> Iterator[tuple[int, IntArray]]:
+def rows_of_cells(cells: CellArray) -> Iterator[tuple[int, IntArray]]:
     """Yield each cell and the rows that entered it, both ascending."""
     flat = cells.ravel()
     order = np.argsort(flat, kind="stable")
@@ -302,6 +304,13 @@ def _ascending(found: list[tuple[IntArray, FloatArray]]) -> tuple[IntArray, Floa
     pairs, cosine = pairs[order], cosine[order]
     new = np.r_[True, (pairs[1:] != pairs[:-1]).any(axis=1)][: len(pairs)]
     return pairs[new], cosine[new]
+
+
+def keep_nearest(found: list[tuple[IntArray, FloatArray]], neighbours: int) -> tuple[IntArray, FloatArray]:
+    """Merge edges of several cells, ascending, each once, and keep those among either end's nearest `neighbours`."""
+    pairs, cosine = _ascending(found)
+    kept = _nearest(pairs, cosine, neighbours)
+    return pairs[kept], cosine[kept]
 
 
 def _nearest(pairs: IntArray, cosine: FloatArray, neighbours: int) -> npt.NDArray[np.bool_]:

@@ -1,179 +1,195 @@
-"""Groups of near-equal pHashes over all shards, as files in the store that the step turns into verdicts.
+"""Groups of near-equal values over all shards, as files in the store that the step turns into verdicts.
 
-    <rule>/hashes/<table>/<partition>/<chunk>.npy   (hash, row) of a chunk of shards, dealt by a table's key
-    <rule>/edges/<table>-<partition>.npz            pairs within the radius, and their distance
-    <rule>/near.npz                                 every row that has an edge, its group, its nearest distance
-    <rule>/groups/<shard>.npz                       the same, shard by shard
+    <rule>/dealt/<block>-<chunk>.bin       records of a chunk of shards, ordered by the partition that compares them
+    <rule>/dealt/<chunk>.json              the chunk's records are all there
+    <rule>/edges/copies-<chunk>.npz        rows folded into equal ones before they were dealt
+    <rule>/edges/<block>-<partition>.npz   pairs that are near, and how similar they are
+    <rule>/near.npz                        every row that has an edge, its group, its greatest similarity
+    <rule>/groups/<shard>.npz              the same, shard by shard
 
-Rows are numbered across the pool in the order of its shards. All tables and partitions together find every pair within
-the radius (`hamming.edges_in_table`), so groups are exact whatever their number. Memory is bounded by a partition, and
-at the end by the rows that have an edge.
+Rows are numbered across the pool in the order of its shards. What a record is, which partitions it goes to and which of
+them are near, a `Search` says: hashes (`near_hashes`) or vectors (`near_vectors`). Memory is bounded by a chunk, by a
+partition, and at the end by the rows that have an edge. Files are a few for each chunk, and a task reads its own range
+of each: their number grows with the pool, not with pool times partitions. Every file is written whole and none is made
+twice: killed anywhere, a second run goes on. It refuses to decide who stays.
 """
 
-import io
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
-from typing import Any
+from typing import Any, Protocol
 
 import numpy as np
 import numpy.typing as npt
 
 from curate.dedup.components import stream_groups
-from curate.dedup.hamming import edges_in_table, edges_within
-from curate.dedup.hamming_tables import Tables, plan_tables
 from curate.schema import Shard
 from curate.stage import Map
 from curate.store import Store
+from curate.vectors import chunks_of, finish, get_arrays, put_arrays
 
-ROWS_PER_TASK = 16_000_000  # hashes compared in one task: 0.3 GB of hashes and row numbers, 1 GB at the peak
-SHARDS_PER_CHUNK = 200
-SAMPLED_SHARDS = 64  # the plan looks at the bits of these
+SHARDS_PER_SPREAD = 200  # near.npz is read once per this many shards
 
-_HASHED = np.dtype([("hash", np.uint64), ("row", np.int64)])
 IntArray = npt.NDArray[np.int64]
-# (hashes, row numbers in the shard) of the rows of a shard that take part.
-Candidates = Callable[[str], tuple[npt.NDArray[np.uint64], IntArray]]
+FloatArray = npt.NDArray[np.float32]
+Records = npt.NDArray[Any]  # structured, with a field `row`
+Edges = tuple[IntArray, FloatArray]  # int64[M, 2] rows of the pool, float32[M] similarity
+# (values [n, …], row numbers in the shard int64[n]) of the rows of a shard that take part.
+Values = Callable[[str], tuple[npt.NDArray[Any], IntArray]]
+
+
+class Search(Protocol):
+    """How one kind of value is compared. Picklable.
+
+    Attributes:
+        record: dtype of what is dealt.
+        blocks: how often all rows are dealt, each time into `parts` partitions.
+        parts: partitions of a block.
+        shards_per_chunk: what one task deals at once.
+        grouped: whether near rows form groups; else an edge (i, j) says that i makes j redundant, at most once for j.
+    """
+
+    @property
+    def record(self) -> np.dtype[Any]: ...
+    @property
+    def blocks(self) -> int: ...
+    @property
+    def parts(self) -> int: ...
+    @property
+    def shards_per_chunk(self) -> int: ...
+    @property
+    def grouped(self) -> bool: ...
+
+    def deal(
+        self, values: npt.NDArray[Any], rows: IntArray
+    ) -> tuple[Edges, Iterator[tuple[npt.NDArray[np.int32], Records]]]:
+        """Edges known at once, and for each block (partition of each record, records)."""
+
+    def find(self, block: int, part: int, pieces: Iterable[Records]) -> Edges:
+        """Edges of one partition, from its records in the order of the pool."""
 
 
 @dataclass(frozen=True)
-class Near:
-    """One rule's search: where its files are, who takes part, how far apart two may be."""
+class Pool:
+    """One rule's rows: where its files are, and who takes part."""
 
     store: Store
     folder: str
-    candidates: Candidates
-    radius: int
+    values: Values
     names: tuple[str, ...]
     starts: tuple[int, ...]  # number of each shard's first row
+    rows: int
 
     def place(self, path: str) -> str:
         """A path below the rule's folder."""
         return f"{self.folder}/{path}"
 
 
-def group_hashes(search: Near, shards: Sequence[Shard], map_items: Map) -> None:
+def pool_of(store: Store, folder: str, values: Values, shards: Sequence[Shard]) -> Pool:
+    """The rows of these shards, numbered in their order."""
+    starts = np.cumsum([0, *(shard.rows for shard in shards)]).tolist()
+    return Pool(store, folder, values, tuple(shard.name for shard in shards), tuple(starts[:-1]), starts[-1])
+
+
+def group_near(pool: Pool, search: Search, map_items: Map) -> None:
     """Write `groups/<shard>.npz` for every shard. What is there already is not made again."""
-    rows = sum(shard.rows for shard in shards)
-    parts = max(1, 1 << max(0, (-(-rows // ROWS_PER_TASK) - 1).bit_length()))
-    tables = _plan(search, rows)
-    whole = parts == 1 or len(tables) == 0
-    chunks = [range(at, min(at + SHARDS_PER_CHUNK, len(shards))) for at in range(0, len(shards), SHARDS_PER_CHUNK)]
-    plan = None if whole else tables
-    _all(
-        map_items(
-            partial(_deal, search, plan, parts), _missing(search, "dealt", [f"{c.start}.json" for c in chunks], chunks)
-        )
-    )
-    tasks = [(0, 0)] if whole else [(table, part) for table in range(len(tables)) for part in range(parts)]
-    todo = _missing(search, "edges", [f"{table:04d}-{part:05d}.npz" for table, part in tasks], tasks)
-    _all(map_items(partial(_find, search, plan), todo))
-    if not search.store.exists(search.place("near.npz")):
-        _merge(search)
-    _all(map_items(partial(_spread, search, rows), chunks))
+    chunks = chunks_of(len(pool.names), search.shards_per_chunk)
+    dealt = set(pool.store.names(pool.place("dealt")))
+    finish(map_items(partial(_deal, pool, search), [c for c in chunks if f"{c.start:08d}.json" not in dealt]))
+    tasks = [(block, part) for block in range(search.blocks) for part in range(search.parts)]
+    found = set(pool.store.names(pool.place("edges")))
+    todo = [task for task in tasks if f"{task[0]:04d}-{task[1]:05d}.npz" not in found]
+    finish(map_items(partial(_find, pool, search, [chunk.start for chunk in chunks]), todo))
+    if not pool.store.exists(pool.place("near.npz")):
+        _merge(pool, search.grouped)
+    grouped = set(pool.store.names(pool.place("groups")))
+    spans = chunks_of(len(pool.names), SHARDS_PER_SPREAD)
+    left = [span for span in spans if any(f"{pool.names[number]}.npz" not in grouped for number in span)]
+    finish(map_items(partial(_spread, pool), left))
 
 
-def read_groups(store: Store, folder: str, shard: str) -> tuple[IntArray, IntArray, npt.NDArray[np.uint8]]:
-    """(rows of the shard that have an edge, the group of each, its smallest distance in bits)."""
-    with _load(store, f"{folder}/groups/{shard}.npz") as found:
-        return found["row"], found["group"], found["distance"]
+def read_groups(store: Store, folder: str, shard: str) -> Mapping[str, npt.NDArray[Any]]:
+    """Of a shard: `row` int64 with an edge, `group` int64 and `similarity` float32 of each, `named` int64: its rows
+    after which a group is named, `start` int64[1]: the number of its first row in the pool."""
+    return get_arrays(store, f"{folder}/groups/{shard}.npz")
 
 
-def hashes_of(texts: Sequence[str | None]) -> npt.NDArray[np.uint64]:
-    """Sixteen hexadecimal digits each, first digit highest, as uint64."""
-    return np.array([int(text, 16) for text in texts if text is not None], np.uint64)
+def _deal(pool: Pool, search: Search, chunk: range) -> None:
+    """Give each partition of each block the records of a chunk of shards."""
+    read = [pool.values(pool.names[number]) for number in chunk]
+    values = np.concatenate([values for values, _ in read])
+    rows = np.concatenate([rows + pool.starts[number] for number, (_, rows) in zip(chunk, read, strict=True)])
+    del read
+    (pairs, similarity), blocks = search.deal(values, rows)
+    if len(pairs):
+        put_arrays(pool.store, pool.place(f"edges/copies-{chunk.start:08d}.npz"), pairs=pairs, similarity=similarity)
+    for block, (parts, records) in enumerate(blocks):
+        starts = np.zeros(search.parts + 1, np.int64)
+        starts[1:] = np.cumsum(np.bincount(parts, minlength=search.parts))
+        order = np.argsort(parts, kind="stable")
+        with pool.store.staged(pool.place(f"dealt/{block:04d}-{chunk.start:08d}.bin")) as local, local.open("wb") as f:
+            f.write(starts.tobytes())
+            for at in range(0, len(order), 1 << 14):
+                f.write(records[order[at : at + (1 << 14)]].tobytes())
+    pool.store.put_json(pool.place(f"dealt/{chunk.start:08d}.json"), {"rows": len(rows)})
 
 
-def _plan(search: Near, rows: int) -> Tables:
-    """Tables from the bits of a spread of shards; the same whenever it is asked."""
-    step = max(1, len(search.names) // SAMPLED_SHARDS)
-    sample = [search.candidates(name)[0] for name in search.names[::step]]
-    return plan_tables(np.concatenate(sample) if sample else np.empty(0, np.uint64), search.radius, n=rows)
+def _pieces(pool: Pool, search: Search, chunks: Sequence[int], block: int, part: int) -> Iterator[Records]:
+    """The records of a partition, chunk after chunk."""
+    head, size = 8 * (search.parts + 1), search.record.itemsize
+    for chunk in chunks:
+        path = pool.place(f"dealt/{block:04d}-{chunk:08d}.bin")
+        (bounds,) = pool.store.read_ranges(path, [8 * part], [16])
+        start, stop = np.frombuffer(bounds, np.int64).tolist()
+        if stop > start:
+            (data,) = pool.store.read_ranges(path, [head + start * size], [(stop - start) * size])
+            yield np.frombuffer(data, search.record)
 
 
-def _deal(search: Near, tables: Tables | None, parts: int, chunk: range) -> None:
-    """Give each table's partitions the hashes of a chunk of shards."""
-    held = []
-    for number in chunk:
-        hashes, rows = search.candidates(search.names[number])
-        piece = np.empty(len(hashes), _HASHED)
-        piece["hash"], piece["row"] = hashes, rows + search.starts[number]
-        held.append(piece)
-    hashed = np.concatenate(held)
-    if tables is None:
-        _save(search.store, search.place(f"hashes/0000/00000/{chunk.start:08d}.npy"), hashed)
-    else:
-        shift = np.uint64(64 - (parts.bit_length() - 1))
-        for table in range(len(tables)):
-            part_of = tables.permute(hashed["hash"], table) >> shift
-            for part in range(parts):
-                path = f"hashes/{table:04d}/{part:05d}/{chunk.start:08d}.npy"
-                _save(search.store, search.place(path), hashed[part_of == part])
-    search.store.put_json(search.place(f"dealt/{chunk.start}.json"), {"rows": len(hashed)})
+def _find(pool: Pool, search: Search, chunks: Sequence[int], task: tuple[int, int]) -> None:
+    block, part = task
+    pairs, similarity = search.find(block, part, _pieces(pool, search, chunks, block, part))
+    put_arrays(pool.store, pool.place(f"edges/{block:04d}-{part:05d}.npz"), pairs=pairs, similarity=similarity)
 
 
-def _find(search: Near, tables: Tables | None, task: tuple[int, int]) -> None:
-    """Edges of one partition of one table, in pool row numbers."""
-    table, part = task
-    folder = search.place(f"hashes/{table:04d}/{part:05d}")
-    files = [_load(search.store, f"{folder}/{name}") for name in search.store.names(folder)]
-    hashed = np.concatenate([np.empty(0, _HASHED), *files])
-    hashes = np.ascontiguousarray(hashed["hash"])
-    pairs = edges_within(hashes, search.radius) if tables is None else edges_in_table(hashes, tables, table)
-    distance = np.bitwise_count(hashes[pairs[:, 0]] ^ hashes[pairs[:, 1]]).astype(np.uint8)
-    _save(
-        search.store, search.place(f"edges/{table:04d}-{part:05d}.npz"), pairs=hashed["row"][pairs], distance=distance
-    )
-
-
-def _merge(search: Near) -> None:
+def _merge(pool: Pool, grouped: bool) -> None:
     """Groups of all edges: memory for the rows that have one."""
-    names = search.store.names(search.place("edges"))
+    names = pool.store.names(pool.place("edges"))
 
-    def edges() -> Iterator[tuple[IntArray, npt.NDArray[np.uint8]]]:
+    def edges() -> Iterator[Edges]:
         for name in names:
-            with _load(search.store, search.place(f"edges/{name}")) as found:
-                yield found["pairs"], found["distance"]
+            found = get_arrays(pool.store, pool.place(f"edges/{name}"))
+            yield found["pairs"], found["similarity"]
 
+    if not grouped:
+        parts = list(edges())
+        pairs = np.concatenate([np.empty((0, 2), np.int64), *[pairs for pairs, _ in parts]])
+        similarity = np.concatenate([np.empty(0, np.float32), *[similarity for _, similarity in parts]])
+        order = np.argsort(pairs[:, 1], kind="stable")
+        _save_near(pool, pairs[order, 1], pairs[order, 0], similarity[order])
+        return
     rows, groups = stream_groups(pairs for pairs, _ in edges())
-    nearest = np.full(len(rows), 255, np.uint8)
-    for pairs, distance in edges():
+    nearest = np.full(len(rows), -1, np.float32)
+    for pairs, similarity in edges():
         for side in (0, 1):
-            np.minimum.at(nearest, np.searchsorted(rows, pairs[:, side]), distance)
-    _save(search.store, search.place("near.npz"), row=rows, group=groups, distance=nearest)
+            np.maximum.at(nearest, np.searchsorted(rows, pairs[:, side]), similarity)
+    _save_near(pool, np.asarray(rows, np.int64), np.asarray(groups, np.int64), nearest)
 
 
-def _spread(search: Near, rows: int, chunk: range) -> None:
+def _save_near(pool: Pool, row: IntArray, group: IntArray, similarity: FloatArray) -> None:
+    put_arrays(pool.store, pool.place("near.npz"), row=row, group=group, similarity=similarity, named=np.unique(group))
+
+
+def _spread(pool: Pool, chunk: range) -> None:
     """Cut the groups into shards."""
-    with _load(search.store, search.place("near.npz")) as found:
-        row, group, distance = found["row"], found["group"], found["distance"]
-    ends = [*search.starts[1:], rows]
+    near = get_arrays(pool.store, pool.place("near.npz"))
+    ends = [*pool.starts[1:], pool.rows]
     for number in chunk:
-        first, last = np.searchsorted(row, [search.starts[number], ends[number]])
-        mine = slice(first, last)
-        path = search.place(f"groups/{search.names[number]}.npz")
-        own = row[mine] - search.starts[number]
-        _save(search.store, path, row=own, group=group[mine], distance=distance[mine])
-
-
-def _missing(search: Near, folder: str, names: Sequence[str], items: Sequence[Any]) -> list[Any]:
-    done = set(search.store.names(search.place(folder)))
-    return [item for name, item in zip(names, items, strict=True) if name not in done]
-
-
-def _all(results: Iterator[Any]) -> None:
-    for _ in results:
-        pass
-
-
-def _save(store: Store, path: str, array: npt.NDArray[Any] | None = None, **arrays: npt.NDArray[Any]) -> None:
-    out = io.BytesIO()
-    if array is not None:
-        np.save(out, array, allow_pickle=False)
-    else:
-        np.savez(out, allow_pickle=False, **arrays)
-    store.put_bytes(path, out.getvalue())
-
-
-def _load(store: Store, path: str) -> Any:
-    return np.load(io.BytesIO(store.get_bytes(path)), allow_pickle=False)
+        start, end = pool.starts[number], ends[number]
+        mine = slice(*np.searchsorted(near["row"], [start, end]))
+        named = slice(*np.searchsorted(near["named"], [start, end]))
+        put_arrays(
+            pool.store, pool.place(f"groups/{pool.names[number]}.npz"), row=near["row"][mine] - start,
+            group=near["group"][mine], similarity=near["similarity"][mine], named=near["named"][named] - start,
+            start=np.array([start], np.int64),
+        )  # fmt: skip

@@ -10,7 +10,7 @@ import pytest
 
 from curate import across
 from curate.config import DedupSettings
-from curate.dedup import near
+from curate.dedup import near_hashes
 from curate.dedup.step import dedup_step
 from curate.errors import PlanError
 from curate.metrics import progress
@@ -141,8 +141,8 @@ def test_near_hashes_join_components_across_shards(
         store.write(HASHES, shard, pa.table([keys, [f"{value:016x}" for value in part]], schema=HASHES.schema), SAMPLES)
         shards.append(shard)
         facts += [{**image, "hash": value} for image, value in zip(images, part, strict=True)]
-    monkeypatch.setattr(near, "ROWS_PER_TASK", rows_per_task)
-    monkeypatch.setattr(near, "SHARDS_PER_CHUNK", 2)
+    monkeypatch.setattr(near_hashes, "ROWS_PER_TASK", rows_per_task)
+    monkeypatch.setattr(near_hashes, "SHARDS_PER_CHUNK", 2)
     step = dedup_step([DedupSettings(by="image_phash", radius=3)], TABLES, shards)
     with progress("dedup", len(shards)) as ticker:
         step.run(store, shards, _shuffled_map, ticker)

@@ -1,0 +1,233 @@
+"""Reference sets: images that the pool must not hold, and which of them a row reaches.
+
+A set is a file of pHashes or of embeddings with an id each (`curate.config.ReferenceSettings`). Every row of the pool
+is compared with every image of the set, exactly, whatever the cells of the rule, and its nearest one is named; equally
+near ones by the lower place in the file. Cosines count above the threshold (DINOv2: 0.45, DataComp: 0.604169, both
+published as "greater than"). It refuses a file in which it finds no hashes or vectors.
+"""
+
+import hashlib
+import io
+from collections.abc import Iterator
+from dataclasses import dataclass
+from typing import Any
+
+import fsspec
+import numpy as np
+import numpy.typing as npt
+import pyarrow as pa
+import pyarrow.parquet as pq
+
+from curate.config import ReferenceSettings
+from curate.dedup.cosine import first_equal
+from curate.dedup.cosine_block import Block, FloatArray, IntArray, VectorArray
+from curate.dedup.hamming_tables import HashArray, plan_tables
+from curate.dedup.near_hashes import hashes_of, similarity_of
+from curate.errors import PlanError
+from curate.store import Store
+from curate.vectors import get_arrays, matrix, put_arrays
+
+TILE_ROWS = 2_048
+PAIRS_HELD = 1 << 22
+_IDS = ("id", "ids", "key", "uid", "name", "path")
+
+
+@dataclass(frozen=True, eq=False)
+class Reference:
+    """Ids [R] as strings, and uint64[R] hashes or float [R, d] vectors."""
+
+    ids: npt.NDArray[np.str_]
+    values: npt.NDArray[Any]
+
+
+def sum_of(settings: ReferenceSettings, place: str) -> str:
+    """sha256 of the set's file. Raises PlanError when it cannot be read."""
+    return hashlib.sha256(_bytes(settings, place)).hexdigest()
+
+
+def read_reference(settings: ReferenceSettings, place: str) -> Reference:
+    """The set of a file. Raises PlanError."""
+    data, path = _bytes(settings, place), settings.hashes or settings.embeddings or ""
+    try:
+        found = _hashes(data, path) if settings.hashes else _vectors(data, path)
+    except (ValueError, pa.ArrowInvalid) as error:
+        raise PlanError(f"{place}: {path}: {error}") from None
+    if len(found.ids) != len(found.values):
+        raise PlanError(f"{place}: {path}: {len(found.ids)} ids for {len(found.values)} images")
+    return found
+
+
+def keep_reference(store: Store, path: str, reference: Reference) -> None:
+    """Put a set where every worker can read it."""
+    put_arrays(store, path, ids=reference.ids, values=reference.values)
+
+
+def kept_reference(store: Store, path: str) -> Reference:
+    """What `keep_reference` wrote."""
+    found = get_arrays(store, path)
+    return Reference(found["ids"], found["values"])
+
+
+def nearest_hashes(hashes: HashArray, references: HashArray, radius: int) -> tuple[IntArray, FloatArray]:
+    """The nearest reference within the radius of each hash: (int64[n], -1 where there is none; float32[n])."""
+    distinct, inverse = np.unique(hashes, return_inverse=True)
+    wanted, first = np.unique(references, return_index=True)  # the first of equal ones
+    best = np.full(len(distinct), radius + 1, np.int64)
+    place = np.full(len(distinct), len(references), np.int64)
+    for rows, others in _candidates(distinct, wanted, radius):
+        distance = np.bitwise_count(distinct[rows] ^ wanted[others]).astype(np.int64)
+        near = np.flatnonzero(distance <= radius)
+        near = near[np.lexsort((first[others[near]], distance[near], rows[near]))]
+        near = near[np.r_[True, rows[near][1:] != rows[near][:-1]][: len(near)]]  # the nearest of each row
+        mine, at, away = rows[near], first[others[near]], distance[near]
+        nearer = (away < best[mine]) | ((away == best[mine]) & (at < place[mine]))
+        best[mine[nearer]], place[mine[nearer]] = away[nearer], at[nearer]
+    found = np.where(best <= radius, place, -1)
+    return found[inverse.reshape(-1)], similarity_of(np.minimum(best, 64))[inverse.reshape(-1)]
+
+
+def _candidates(hashes: HashArray, references: HashArray, radius: int) -> Iterator[tuple[IntArray, IntArray]]:
+    """Yield (positions in hashes, positions in references) that hold every pair within the radius."""
+    if not len(hashes) or not len(references):
+        return
+    tables = plan_tables(references, radius, n=len(references)) if radius else None
+    if tables is None:
+        yield np.arange(len(hashes)), np.searchsorted(references, hashes).clip(max=len(references) - 1)
+        return
+    for table in range(max(1, len(tables))):
+        if len(tables):
+            shift = np.uint64(64 - tables.key_bits(table))
+            keys = tables.permute(references, table) >> shift
+            order = np.argsort(keys, kind="stable")
+            asked = tables.permute(hashes, table) >> shift
+            start, stop = (np.searchsorted(keys[order], asked, side) for side in ("left", "right"))
+        else:
+            order = np.arange(len(references))
+            start, stop = np.zeros(len(hashes), np.int64), np.full(len(hashes), len(references))
+        for at, end in _spans(stop - start):
+            sizes = (stop - start)[at:end]
+            rows = np.repeat(np.arange(at, end), sizes)
+            offset = np.arange(len(rows)) - np.repeat(np.cumsum(sizes) - sizes, sizes)
+            yield rows, order[start[rows] + offset]
+
+
+def _spans(sizes: IntArray) -> Iterator[tuple[int, int]]:
+    """Runs of rows that have about PAIRS_HELD candidates together."""
+    total = np.cumsum(sizes)
+    at = 0
+    while at < len(sizes):
+        before = int(total[at - 1]) if at else 0
+        end = max(at + 1, int(np.searchsorted(total, before + PAIRS_HELD, "right")))
+        yield at, end
+        at = end
+
+
+class NearestVectors:
+    """References on the device, asked for each shard. Raises PlanError for vectors of another width or dtype."""
+
+    def __init__(self, references: VectorArray, threshold: float, device: str | None = None) -> None:
+        self._first = np.flatnonzero(first_equal(references) == np.arange(len(references)))
+        self._block = Block(references[self._first], threshold, device, cut=False, strict=True)
+        self._width = references.shape[1]
+
+    def of(self, vectors: VectorArray) -> tuple[IntArray, FloatArray]:
+        """The nearest reference above the threshold of each row: (int64[n], -1 where there is none; float32[n])."""
+        if vectors.shape[1] != self._width:
+            raise PlanError(f"references have {self._width} numbers each, the pool's vectors {vectors.shape[1]}")
+        place, cosine = np.full(len(vectors), -1, np.int64), np.zeros(len(vectors), np.float32)
+        if not len(self._block):
+            return place, cosine
+        different, inverse = np.unique(first_equal(vectors), return_inverse=True)
+        for at in range(0, len(different), TILE_ROWS):
+            rows = different[at : at + TILE_ROWS]
+            asked = Block(vectors[rows], float(self._block.threshold), self._block.device.type, cut=False)
+            self._tile(asked, rows, place, cosine)
+        again = different[inverse.reshape(-1)]
+        return place[again], cosine[again]
+
+    def _tile(self, asked: Block, rows: IntArray, place: IntArray, cosine: FloatArray) -> None:
+        block = self._block
+        tiles = [slice(at, at + 8 * TILE_ROWS) for at in range(0, len(block), 8 * TILE_ROWS)]
+        best = np.full(len(asked), -2, np.float32)
+        for tile in tiles:
+            if len(asked):
+                np.maximum(best, (asked.heads @ block.heads[tile].T).amax(dim=1).cpu().numpy(), out=best)
+        close = np.flatnonzero(best >= block.floor)
+        for tile in tiles if len(close) else ():
+            product = (asked.heads[close] @ block.heads[tile].T).cpu().numpy()
+            floor = np.maximum(best[close] - 4 * block.rounding, block.floor)
+            i, j = np.nonzero(product >= floor[:, None])
+            mine, other = asked.rows[close[i]], block.rows[tile.start + j]
+            exact = asked.cosine_to(mine, block, other)
+            reached = exact > block.threshold
+            for row, at, value in zip(rows[mine[reached]], self._first[other[reached]], exact[reached], strict=True):
+                if place[row] < 0 or value > cosine[row] or (value == cosine[row] and at < place[row]):
+                    place[row], cosine[row] = at, value
+
+
+def _bytes(settings: ReferenceSettings, place: str) -> bytes:
+    path = settings.hashes or settings.embeddings or ""
+    try:
+        with fsspec.open(path, "rb") as handle:
+            data: bytes = handle.read()
+    except (OSError, ValueError) as error:
+        raise PlanError(f"{place}: {path} cannot be read: {error}") from None
+    return data
+
+
+def _hashes(data: bytes, path: str) -> Reference:
+    if path.endswith(".parquet"):
+        table = pq.read_table(io.BytesIO(data))
+        names = [field.name for field in table.schema if pa.types.is_string(field.type)]
+        for name in sorted(names, key=lambda name: "hash" not in name):
+            texts = table[name].to_pylist()
+            if texts and all(text is None or _is_hash(text) for text in texts):
+                there = [text is not None for text in texts]
+                ids = [one for one, has in zip(_ids(table, [name]) or texts, there, strict=True) if has]
+                return Reference(np.array(ids, np.str_), hashes_of(texts))
+        raise ValueError("no column of 16 hexadecimal digits")
+    lines = [line.split(maxsplit=1) for line in data.decode().splitlines() if line.strip()]
+    wrong = next((line[0] for line in lines if not _is_hash(line[0])), None)
+    if wrong is not None:
+        raise ValueError(f"{wrong[:40]!r} is not 16 hexadecimal digits")
+    return Reference(np.array([line[-1].strip() for line in lines], np.str_), hashes_of([line[0] for line in lines]))
+
+
+def _is_hash(text: str) -> bool:
+    return len(text) == 16 and all(digit in "0123456789abcdefABCDEF" for digit in text)
+
+
+def _vectors(data: bytes, path: str) -> Reference:
+    if path.endswith(".parquet"):
+        return _vectors_of_table(pq.read_table(io.BytesIO(data)))
+    held = np.load(io.BytesIO(data), allow_pickle=False)
+    arrays = {"": held} if isinstance(held, np.ndarray) else dict(held)
+    vectors = next((array for array in arrays.values() if array.ndim == 2 and array.dtype.kind == "f"), None)
+    if vectors is None:
+        raise ValueError("no array of floats [N, d]")
+    ids = next((arrays[name] for name in _IDS if name in arrays), np.arange(len(vectors)))
+    return Reference(ids.astype(np.str_), _plain(vectors))
+
+
+def _vectors_of_table(table: pa.Table) -> Reference:
+    for field in table.schema:
+        kind = field.type
+        if (pa.types.is_list(kind) or pa.types.is_fixed_size_list(kind)) and pa.types.is_floating(kind.value_type):
+            column = table[field.name]
+            if not pa.types.is_fixed_size_list(kind):
+                there = column.drop_null()
+                width = len(there[0]) if len(there) else 1
+                column = column.cast(pa.list_(kind.value_type, width))
+            vectors, valid = matrix(column)
+            ids = np.array(_ids(table, []) or [str(row) for row in range(table.num_rows)], np.str_)
+            return Reference(ids[valid], _plain(vectors))
+    raise ValueError("no column of vectors")
+
+
+def _ids(table: pa.Table, but: list[str]) -> list[str] | None:
+    name = next((name for name in _IDS if name in table.column_names and name not in but), None)
+    return None if name is None else [str(value) for value in table[name].to_pylist()]
+
+
+def _plain(vectors: npt.NDArray[Any]) -> npt.NDArray[Any]:
+    return np.ascontiguousarray(vectors if vectors.dtype == np.float16 else vectors.astype(np.float32))
