@@ -19,6 +19,7 @@ from curate.config import Recipe, load_recipe, parse_recipe
 from curate.engine.job import PLAN, Job, unpack_spec
 from curate.errors import ConfigError, CurateError, PlanError, StoreError, WeightsError
 from curate.metrics import Ticker, progress
+from curate.report.recipes import print_recipes
 from curate.report.terminal import complain, print_funnel, print_plan, print_release, print_sample, printable, shown
 from curate.rows import SAMPLES
 from curate.schema import TableSpec
@@ -282,6 +283,13 @@ def weights_check(
         out.print(f"{weight.name}: {state}", markup=False)
     if names and any(state != "ok" for _, state in states):
         raise WeightsError("not all are here; `curate weights pull NAME` gets them")
+
+
+@app.command()
+@guarded
+def recipes(name: Annotated[str | None, typer.Argument(help="One of them, in full.")] = None) -> None:
+    """The recipes that come with curate: what each makes, after which paper, what it needs, what is unverified."""
+    print_recipes(out, {file.stem: load_recipe(file) for file in sorted(_configs().glob("*.yaml"))}, name)
 
 
 @app.command()
