@@ -37,6 +37,7 @@ import pyarrow as pa
 
 from curate.errors import StageError
 from curate.metrics import Cost, Stopwatch, Ticker
+from curate.removed import Tombstones, refuse_images, tombstones_of
 from curate.retry import Opened, opened
 from curate.schema import IMAGE, KEY, LOCATION_FIELDS, Shard, TableSpec
 from curate.store import Store
@@ -260,14 +261,15 @@ def _assemble(
 class _ImageWriter:
     """Puts a table's image bytes into the shard's tar and replaces them by their place."""
 
-    def __init__(self, tar: TarWriter, path: str, source: pa.Table) -> None:
-        self._tar, self._path, self._row = tar, path, 0
+    def __init__(self, tar: TarWriter, path: str, source: pa.Table, removed: Tombstones) -> None:
+        self._tar, self._path, self._row, self._removed = tar, path, 0, removed
         self._keys = source.column(KEY.name).to_pylist()
         self._side = {name: source.column(name).to_pylist() for name in ("url", "text") if name in source.column_names}
 
     def add(self, batch: pa.RecordBatch) -> pa.RecordBatch:
         offsets: list[int | None] = []
         lengths: list[int | None] = []
+        batch = refuse_images(batch, self._removed)
         facts = batch.drop_columns([IMAGE]).to_pylist()
         for image, fact in zip(batch.column(IMAGE), facts, strict=True):
             data = image.as_py()
@@ -301,4 +303,4 @@ def _open_writer(
     path = store.shard_path(spec, shard.name, again.tar_suffix if again else ".tar")
     local = stack.enter_context(store.staged(path))
     stream = stack.enter_context(local.open("wb"))
-    return _ImageWriter(TarWriter(stream), path, source)
+    return _ImageWriter(TarWriter(stream), path, source, tombstones_of(store))

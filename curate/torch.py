@@ -28,7 +28,7 @@ class ReleaseDataset(Dataset[tuple[Any, Any]]):
     `release` is the folder or URL that holds release.json; `transform` takes an RGB `PIL.Image`. An item is
     (transformed image, target), where the target is `()` as DINOv2's own datasets give it in pre-training, or what
     `target_transform` makes of the sample's number.
-    Raises MissingTable when there is no such release or subset.
+    Raises MissingTable when there is no such release or subset, ReleaseError when it was withdrawn.
     """
 
     def __init__(
@@ -50,6 +50,11 @@ class ReleaseDataset(Dataset[tuple[Any, Any]]):
         if note is None or self._subset not in note["subsets"]:
             known = ", ".join(note["subsets"]) if note else "no release.json"
             raise MissingTable(f"{self._release}: no subset {self._subset} here ({known})")
+        withdrawn = store.get_json("withdrawn.json")
+        if withdrawn is not None:
+            raise ReleaseError(
+                f"{self._release} was withdrawn: {withdrawn['reason']}; use {withdrawn['use'] or 'another'}"
+            )
         tars: list[str] = []
         parts: list[tuple[np.ndarray, np.ndarray, np.ndarray]] = []
         columns = ["subset", "tar", "offset", "length"]

@@ -55,6 +55,7 @@ def card(release: Mapping[str, Any], features: Sequence[Mapping[str, Any]] | Non
     """README.md of a release; `features` are the types of a sample's members, where they are known."""
     recipe, subsets = release["recipe"], release["subsets"]
     aside = release["set_aside"]
+    taken = f"- Samples were taken back from {release.get('predecessor')}; this release is what is left of it.\n"
     limits = f"- {len(aside)} shards of the pool were set aside after three failed tries; release.json names them.\n"
     return _CARD.format(
         front=_front(release, features),
@@ -71,7 +72,7 @@ def card(release: Mapping[str, Any], features: Sequence[Mapping[str, Any]] | Non
             f"| {name} | {facts['fingerprint']} | `{_cell(json.dumps(facts['settings'], sort_keys=True))}` |"
             for name, facts in release["tables"].items()
         ),
-        limits=limits if aside else "",
+        limits=(limits if aside else "") + (taken if "predecessor" in release else ""),
         contact=(recipe.get("fetch") or {}).get("contact") or "whoever gave you this release",
     )
 

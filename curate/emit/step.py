@@ -28,6 +28,7 @@ from curate.emit.facts import card_features, facts_of
 from curate.emit.passes import Build, order, pick, write
 from curate.emit.provenance import release_note, subset_note
 from curate.emit.shuffle import Group, deal, group
+from curate.emit.verify import NOTE, RELEASES, WITHDRAWN
 from curate.errors import PlanError
 from curate.metrics import Ticker
 from curate.rows import SAMPLES
@@ -36,9 +37,7 @@ from curate.stage import CrossStep, Map
 from curate.store import Store
 
 VERSION = 1
-RELEASES = "releases"
 LATEST = f"{RELEASES}/latest"
-NOTE = "release.json"
 
 
 class EmitStep(CrossStep):
@@ -189,10 +188,12 @@ class EmitStep(CrossStep):
             Path(store.full(build.target)).rename(place)
 
     def _released(self, store: Store) -> str | None:
-        """The name of the complete release with this fingerprint."""
-        for name in self._candidates(store):
+        """The name of the complete release with this fingerprint: the newest that was not withdrawn."""
+        for name in reversed(self._candidates(store)):
             note = store.get_json(f"{RELEASES}/{name}/{NOTE}")
-            if note is not None and note["fingerprint"] == self._fingerprint:
+            if note is None or note["fingerprint"] != self._fingerprint:
+                continue
+            if not store.exists(f"{RELEASES}/{name}/{WITHDRAWN}"):
                 return name
         return None
 
@@ -201,7 +202,7 @@ class EmitStep(CrossStep):
 
     def _name(self, store: Store) -> str:
         """The folder that this release grows in, or the next free number."""
-        mine = self._candidates(store)
+        mine = [name for name in self._candidates(store) if not store.exists(f"{RELEASES}/{name}/{NOTE}")]
         if mine:
             return mine[-1]
         numbers = [int(name[:4]) for name in store.names(RELEASES) if name[:4].isdigit()]

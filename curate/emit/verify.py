@@ -17,6 +17,7 @@ from curate.store import Store
 
 RELEASES = "releases"
 NOTE = "release.json"
+WITHDRAWN = "withdrawn.json"  # beside it, when samples were taken back
 SHOWN = 20  # differences told in the error; the count tells of the rest
 _SIDE_FILES = ("manifest.parquet", "README.md", NOTE)
 
@@ -49,6 +50,7 @@ def verify_release(store_root: str, name: str, on_progress: Callable[[int, int],
     release = store.get_json(f"{folder}/{NOTE}")
     if release is None:
         raise ReleaseError(f"{store.url(folder)}: no {NOTE}: not a release, or one that was never finished")
+    refuse_withdrawn(store, folder)
     report = Report(subsets=len(release["subsets"]))
     _check_sum(store, f"{folder}/manifest.parquet", release["manifest"]["sha256"], report)
     _check_sum(store, f"{folder}/README.md", release["card"]["sha256"], report)
@@ -74,6 +76,14 @@ def verify_release(store_root: str, name: str, on_progress: Callable[[int, int],
         lines = report.differences[:SHOWN] + ([f"… and {more} more"] if more > 0 else [])
         raise ReleaseError(f"{store.url(folder)} is not what it says it is:\n" + "\n".join(lines))
     return report
+
+
+def refuse_withdrawn(store: Store, folder: str) -> None:
+    """Raise ReleaseError when samples of this release were taken back, with the release to use instead."""
+    note = store.get_json(f"{folder}/{WITHDRAWN}")
+    if note is not None:
+        instead = f"use {RELEASES}/{note['use']}" if note["use"] else "run the recipe again"
+        raise ReleaseError(f"{store.url(folder)} was withdrawn: {note['reason']}; {instead}")
 
 
 def _manifest(store: Store, path: str, report: Report) -> Iterator[list[dict[str, Any]]]:

@@ -32,6 +32,7 @@ from curate.ingest.reading import fit, read_batches, web_address
 from curate.ingest.schemas import names_in_samples
 from curate.ingest.sources import Source, stat
 from curate.ingest.spill import SpillWriter, keys_in_order, partition_keys, read_drops, write_drops
+from curate.removed import tombstones_of
 from curate.rows import evaluate, names_in
 from curate.schema import KEY, Shard, TableSpec
 from curate.store import Store
@@ -154,6 +155,7 @@ def _unique_rows(batch: Batch, place: int, source: Source, counts: Counter[str])
         np.concatenate([read_drops(batch.store, batch.drops_path(part), place) for part in range(batch.partitions)])
     )
     keys = _Keys(keys_in_order(batch.store, batch.spill_path(place)))
+    removed = tombstones_of(batch.store)
     at = 0
     for rows in kept_rows(source, source.schema.names, batch.where, counts):
         keep = np.ones(rows.num_rows, np.bool_)
@@ -162,8 +164,13 @@ def _unique_rows(batch: Batch, place: int, source: Source, counts: Counter[str])
         at += rows.num_rows
         raw = keys.take(rows.num_rows)
         counts["duplicates"] += int(high - low)
+        samples = _as_samples(rows, raw, source, batch.samples, counts)
+        if removed:  # what was taken back does not return with a new caption or a new crawl
+            hits = removed.hits(samples) & keep
+            counts["removed"] += int(hits.sum())
+            keep &= ~hits
         counts["samples"] += int(keep.sum())
-        yield _as_samples(rows, raw, source, batch.samples, counts).filter(pa.array(keep))
+        yield samples.filter(pa.array(keep))
 
 
 class _Keys:

@@ -13,6 +13,7 @@ import pyarrow.compute as pc
 
 from curate.config import SubsetSettings
 from curate.errors import PlanError
+from curate.removed import REMOVED, WATCHED, Tombstones
 from curate.rows import SAMPLES, Column, columns_of
 from curate.schema import KEY, OK, Shard, TableSpec, inputs_of, pool_digest
 from curate.select.clauses import Clause, evaluate_clauses, parse_score, split_where
@@ -35,6 +36,7 @@ class SubsetRule:
     columns: tuple[Column, ...]  # that it reads, `status` among them where there is one
     spec: TableSpec
     anchor: TableSpec  # any table of the run: its keys, where a subset reads no column
+    watched: tuple[Column, ...] = ()  # beside those it reads: what tombstones may name
 
     @property
     def threshold_path(self) -> str:
@@ -84,7 +86,17 @@ def _rule(
         f"{_PREFIX}{name}", VERSION, pa.schema([KEY, MEMBER, REASON]),
         settings=plain | ({"pool": pool} if top else {}), inputs=inputs_of(read.values()),
     )  # fmt: skip
-    return SubsetRule(name, where, score, top.fraction if top else None, used, spec, tables[0])
+    watched = tuple(columns[column] for column in WATCHED if column in columns and column not in names)
+    return SubsetRule(name, where, score, top.fraction if top else None, used, spec, tables[0], watched)
+
+
+def mark_removed(rows: pa.Table, removed: Tombstones) -> pa.Table:
+    """The same rows, with status `removed` where tombstones name them, whatever their tables say."""
+    if not removed or STATUS not in rows.column_names:
+        return rows
+    hit = pa.chunked_array([pa.array(removed.hits(rows))])
+    status = pc.if_else(hit, pa.scalar(REMOVED), rows.column(STATUS))
+    return rows.set_column(rows.schema.get_field_index(STATUS), STATUS, status)
 
 
 def judge(rule: SubsetRule, rows: pa.Table) -> Judged:

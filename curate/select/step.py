@@ -16,9 +16,10 @@ import pyarrow as pa
 
 from curate.config import SubsetSettings
 from curate.metrics import Ticker
+from curate.removed import Tombstones, tombstones_of
 from curate.rows import SAMPLES, Column, read_rows
 from curate.schema import Shard, TableSpec
-from curate.select.rules import MEMBER, REASON, SubsetRule, decide, eligible_scores, judge, subset_rules
+from curate.select.rules import MEMBER, REASON, SubsetRule, decide, eligible_scores, judge, mark_removed, subset_rules
 from curate.select.top import Part, Search, look, merge, resolve
 from curate.stage import CrossStep, Map, Read, Stage, Task
 from curate.store import Store
@@ -44,12 +45,13 @@ class ThresholdStep(CrossStep):
         names = [shard.name for shard in shards]
         groups = [names[at : at + SHARDS_PER_LOOK] for at in range(0, len(names), SHARDS_PER_LOOK)]
         passes: Counter[str] = Counter()
+        removed = tombstones_of(store)
 
         def one_pass(open_: Mapping[str, Search]) -> Mapping[str, Part]:
             passes["passes"] += 1
             searches = [(todo[name], search) for name, search in open_.items()]
             merged: dict[str, Part] = {}
-            for parts in map_items(partial(_look, store, searches), groups):
+            for parts in map_items(partial(_look, store, searches, removed), groups):
                 for name, part in parts.items():
                     merged[name] = merge([merged[name], part]) if name in merged else part
                 ticker.advance(0, f"pass {passes['passes']}: {', '.join(open_)}")
@@ -86,8 +88,12 @@ class SelectStage(Stage):
 
     def __init__(self, rules: Sequence[SubsetRule], thresholds: Mapping[str, float]) -> None:
         super().__init__()
-        self._rules, self._thresholds = tuple(rules), dict(thresholds)
+        self._rules, self._thresholds, self._removed = tuple(rules), dict(thresholds), Tombstones()
         self.tables = tuple(rule.spec for rule in rules)
+
+    def check(self, store: Store) -> None:
+        """Nothing can fail here that the rules did not find; the tombstones are read."""
+        self._removed = tombstones_of(store)
 
     def reads(self, missing: frozenset[str]) -> Sequence[Read]:
         """The columns of the missing subsets, computed tables first."""
@@ -99,7 +105,7 @@ class SelectStage(Stage):
 
     def _columns(self, missing: frozenset[str]) -> list[Column]:
         rules = [rule for rule in self._rules if rule.spec.name in missing]
-        columns = {column.name: column for rule in rules for column in rule.columns}
+        columns = {column.name: column for rule in rules for column in (*rule.columns, *_watched(rule, self._removed))}
         tables = {column.table.name: None for column in columns.values()}
         order = sorted(tables, key=lambda name: name == SAMPLES)
         return [column for name in order for column in columns.values() if column.table.name == name]
@@ -109,6 +115,7 @@ class SelectStage(Stage):
         columns = self._columns(task.missing)
         for batch in batches:
             rows = pa.table({"key": batch.column("key")} | dict(_labelled(columns, batch)))
+            rows = mark_removed(rows, self._removed)
             outputs: dict[str, pa.RecordBatch] = {}
             for rule in self._rules:
                 if rule.spec.name in task.missing:
@@ -178,9 +185,10 @@ def explain_row(
 ) -> list[Verdict]:
     """What each subset says of one row, evaluated anew from the committed columns. Raises MissingTable."""
     committed = {spec.name: spec for spec in tables}
+    removed = tombstones_of(store)
     verdicts = []
     for rule in subset_rules(subsets, tables, ()):
-        rows = _rows(store, rule, shard).slice(row, 1)
+        rows = _rows(store, rule, removed, shard).slice(row, 1)
         judged = judge(rule, rows)
         values = {clause.sql: found[0].as_py() for clause, found in zip(rule.where, judged.clauses, strict=True)}
         if judged.status is not None:
@@ -196,20 +204,27 @@ def explain_row(
     return verdicts
 
 
-def _look(store: Store, searches: Sequence[tuple[SubsetRule, Search]], shards: Sequence[str]) -> dict[str, Part]:
+def _look(
+    store: Store, searches: Sequence[tuple[SubsetRule, Search]], removed: Tombstones, shards: Sequence[str]
+) -> dict[str, Part]:
     """One task of a pass: what each search finds in these shards."""
     parts: dict[str, Part] = {}
     for shard in shards:
         for rule, search in searches:
-            part = look(search, eligible_scores(rule, _rows(store, rule, shard)))
+            part = look(search, eligible_scores(rule, _rows(store, rule, removed, shard)))
             parts[rule.name] = merge([parts[rule.name], part]) if rule.name in parts else part
     return parts
 
 
-def _rows(store: Store, rule: SubsetRule, shard: str) -> pa.Table:
+def _rows(store: Store, rule: SubsetRule, removed: Tombstones, shard: str) -> pa.Table:
     if not rule.columns:
         return store.read(rule.anchor, shard, ["key"])
-    return read_rows(store, {column.name: column for column in rule.columns}, rule.labels, shard)
+    columns = {column.name: column for column in (*rule.columns, *_watched(rule, removed))}
+    return mark_removed(read_rows(store, columns, list(columns), shard), removed)
+
+
+def _watched(rule: SubsetRule, removed: Tombstones) -> list[Column]:
+    return [column for column in rule.watched if column.name in removed.watched]
 
 
 def _labelled(columns: Sequence[Column], batch: pa.RecordBatch) -> Iterator[tuple[str, pa.Array]]:

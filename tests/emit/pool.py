@@ -102,6 +102,7 @@ def selected(store: Store, shards: Sequence[Shard], recipe: Recipe) -> tuple[dic
     thresholds = step.values(store)
     assert thresholds is not None
     stage = select_stage(subsets, TABLES, shards, thresholds)
+    stage.check(store)
     for reports in InlineDriver().run(store, [stage], shards):
         assert reports[0].set_aside is None
     return dict(zip(subsets, stage.tables, strict=True)), thresholds

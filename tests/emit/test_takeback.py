@@ -1,0 +1,216 @@
+"""Take-back: what was removed is in no file, does not return, and everything else keeps its bytes."""
+
+import hashlib
+import random
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import fsspec
+import pyarrow.parquet as pq
+import pytest
+
+from curate.emit.step import latest_release
+from curate.emit.takeback import Lists, TakenBack, take_back
+from curate.emit.verify import verify_release
+from curate.errors import PlanError, ReleaseError
+from curate.removed import tombstones_of
+from curate.schema import Shard
+from curate.store import Store
+from tests.emit.pool import IMAGES, SAMPLES, SCORES, emitter, make_pool, recipe_with, run, selected
+
+SUBSETS = {"good": {"where": "score > 0.2"}, "all": {}}
+
+
+@dataclass
+class Victim:
+    """A sample that is to go."""
+
+    key: str
+    url: str
+    text: str
+    image: bytes
+
+
+def _released(root: str, **emit: Any) -> tuple[Store, list[Shard]]:
+    store = Store(root)
+    shards = make_pool(store, shards=3)
+    run(emitter(store, shards, recipe_with(SUBSETS, samples_per_shard=20, **emit)), store, shards)
+    return store, shards
+
+
+def _victims(store: Store, shards: Sequence[Shard], count: int) -> list[Victim]:
+    found = []
+    for shard in shards:
+        rows = store.read_joined([(IMAGES, None), (SAMPLES, ["url", "text"]), (SCORES, ["score"])], shard.name)
+        kept = [row for row in rows.to_pylist() if row["status"] == "ok" and row["text"] and (row["score"] or 0) > 0.2]
+        for row in kept[:count]:
+            (image,) = store.read_ranges(row["tar"], [row["offset"]], [row["length"]])
+            found.append(Victim(row["key"], row["url"], row["text"], image))
+    return found[:count]
+
+
+def _files(store: Store) -> dict[str, bytes]:
+    found = store.fs.find(store.full(""))
+    return {path[len(store.full("")) :]: store.fs.cat_file(path) for path in found}
+
+
+def _traces(store: Store, victims: Sequence[Victim]) -> list[str]:
+    """Files that still hold a picture, a caption or a URL; Parquet is read, since it is compressed."""
+    found = []
+    for path, data in _files(store).items():
+        words = [word for one in victims for word in (one.url.encode(), one.text.encode())]
+        if path.endswith(".parquet"):
+            with store.open(path.lstrip("/")) as handle:
+                data = repr(pq.read_table(handle).to_pylist()).encode()
+        pixels = [one.image[-100:-20] for one in victims]  # its start is every picture's
+        if any(word in data for word in [*words, *pixels]):
+            found.append(path)
+    return found
+
+
+def _tars(store: Store, name: str) -> dict[str, str]:
+    folder = f"releases/{name}"
+    return {
+        path.split(f"{folder}/")[1]: hashlib.sha256(data).hexdigest()
+        for path, data in _files(store).items()
+        if folder in path and path.endswith(".tar")
+    }
+
+
+@pytest.mark.parametrize("kind", ["keys", "urls"])
+@pytest.mark.parametrize("place", ["local", "memory"])
+def test_removed_samples_are_in_no_file_and_other_tars_keep_their_bytes(tmp_path: Path, kind: str, place: str) -> None:
+    """Guards against a picture, caption or URL that stays in a tar, a table or an older release."""
+    fsspec.filesystem("memory").store.clear()
+    store, shards = _released(str(tmp_path / "run") if place == "local" else f"memory://take-{kind}")
+    first = str(latest_release(store))
+    run(emitter(store, shards, recipe_with({"other": {"where": "word_count > 2"}})), store, shards)
+    run(emitter(store, shards, recipe_with(SUBSETS, samples_per_shard=20)), store, shards)  # latest is the first again
+    victims = _victims(store, shards, 2)
+    assert len(_traces(store, victims)) >= 3
+    before = _tars(store, first)
+    names = [one.key if kind == "keys" else one.url for one in victims]
+    report = take_back(store, Lists(**{kind: names}))
+    assert report.samples == 2
+    assert _traces(store, victims) == []
+    new = str(latest_release(store))
+    assert new not in (first, None) and first in report.withdrawn
+    note = store.get_json(f"releases/{new}/release.json")
+    assert note["predecessor"] == first
+    assert verify_release(store.root, new).samples == note["manifest"]["rows"]
+    after = _tars(store, new)
+    same = [name for name in before if after.get(name) == before[name]]
+    assert len(before) == len(after) and len(before) - 4 <= len(same) < len(before)
+    with pytest.raises(ReleaseError, match=f"withdrawn: samples were taken back; use releases/{new}"):
+        verify_release(store.root, first)
+    files = _files(store)
+    assert take_back(store, Lists()).samples == 0
+    assert _files(store) == files
+
+
+def test_a_run_after_it_finds_its_release_and_a_new_one_is_without_them(tmp_path: Path) -> None:
+    """Guards against `latest` that moves back to the withdrawn release, and a new selection that brings them back."""
+    store, shards = _released(str(tmp_path))
+    (victim,) = _victims(store, shards, 1)
+    take_back(store, Lists(keys=[victim.key]))
+    new = latest_release(store)
+    step = emitter(store, shards, recipe_with(SUBSETS, samples_per_shard=20))
+    assert step.done(store, shards)
+    run(step, store, shards)
+    assert latest_release(store) == new
+    other = recipe_with({"fresh": {"where": "word_count >= 0 OR score IS NULL"}})
+    run(emitter(store, shards, other), store, shards)
+    manifest = pq.read_table(tmp_path / "releases" / str(latest_release(store)) / "manifest.parquet")
+    assert victim.key not in manifest.column("key").to_pylist()
+
+
+def test_selection_refuses_what_tombstones_name_even_where_tables_still_hold_it(tmp_path: Path) -> None:
+    """Guards against a refresh that brings a removed URL, hash or domain back before anyone sweeps again."""
+    store, shards = _released(str(tmp_path / "a"))
+    (victim,) = _victims(store, shards, 1)
+    take_back(store, Lists(urls=[victim.url], hashes=[f"{7:064x}"], domains=["HOST-2.example."]))
+    refreshed = Store(str(tmp_path / "b"))
+    make_pool(refreshed, shards=3)
+    for number in store.names("_removed"):
+        path = f"_removed/{number}/tombstones.json"
+        refreshed.put_bytes(path, store.get_bytes(path))
+    assert tombstones_of(refreshed).domains == {"host-2.example"}
+    members, _ = selected(
+        refreshed, shards, recipe_with({"all": {}, "top": {"keep_top": {"by": "score", "fraction": 1}}})
+    )
+    for name, spec in members.items():
+        for number, shard in enumerate(shards):
+            rows = refreshed.read_joined([(spec, ["member", "reason"]), (SAMPLES, ["url"])], shard.name).to_pylist()
+            for row, fact in enumerate(rows):
+                if number == 2 or row == 7 or fact["url"] == victim.url:
+                    assert not fact["member"], (name, number, row)
+                    assert fact["reason"] in ("status: removed", "status: timeout") or fact["reason"].startswith(
+                        "status"
+                    )
+    assert take_back(refreshed, Lists()).samples > 50
+
+
+class _Killed(BaseException):
+    """What SIGKILL looks like from inside."""
+
+
+@pytest.mark.parametrize("place", ["local", "memory"])
+def test_killed_at_any_write_then_run_again_completes(tmp_path: Path, place: str) -> None:
+    """Guards against a removal that a kill leaves half done, or that finds nothing the second time."""
+    fsspec.filesystem("memory").store.clear()
+    whole, shards = _released(str(tmp_path / "whole"))
+    victims = _victims(whole, shards, 3)
+    lists = Lists(urls=[one.url for one in victims])
+    take_back(whole, lists)
+    expected = _tars(whole, str(latest_release(whole)))
+    for kill in random.Random(2).sample(range(40), 5):
+        store, _ = _released(str(tmp_path / f"k{kill}") if place == "local" else f"memory://k{kill}")
+        left = [kill]
+        staged, put_bytes, remove = Store.staged, Store.put_bytes, Store.remove
+
+        def counted(call: Any, left: list[int] = left) -> Any:
+            def wrapped(*args: Any) -> Any:
+                left[0] -= 1
+                if left[0] < 0:
+                    raise _Killed
+                return call(*args)
+
+            return wrapped
+
+        with pytest.MonkeyPatch.context() as patch:
+            for name, call in (("staged", staged), ("put_bytes", put_bytes), ("remove", remove)):
+                patch.setattr(Store, name, counted(call))
+            try:
+                take_back(store, lists)
+            except _Killed:
+                assert left[0] < 0
+        take_back(store, lists)
+        assert _traces(store, victims) == []
+        assert _tars(store, str(latest_release(store))) == expected
+        verify_release(store.root, str(latest_release(store)))
+        assert all(store.exists(f"_removed/{name}/done.json") for name in store.names("_removed"))
+
+
+def test_a_tar_that_would_be_empty_gives_its_number_to_the_last(tmp_path: Path) -> None:
+    """Guards against a gap in the numbers that trainers expand, and against empty tars."""
+    store, _ = _released(str(tmp_path))
+    name = str(latest_release(store))
+    manifest = pq.read_table(tmp_path / "releases" / name / "manifest.parquet").to_pylist()
+    gone = [row["key"] for row in manifest if row["subset"] == "good" and row["tar"] == "00001.tar"]
+    before = _tars(store, name)
+    take_back(store, Lists(keys=gone))
+    new = str(latest_release(store))
+    after = _tars(store, new)
+    last = max(path for path in before if path.startswith("good/"))
+    assert verify_release(store.root, new).samples == len(manifest) - 2 * len(gone)
+    assert last not in after and after["good/00001.tar"] == before[last]
+
+
+def test_entries_that_are_none_are_refused(tmp_path: Path) -> None:
+    """Guards against a list that removes nothing because its entries are of another kind."""
+    store, _ = _released(str(tmp_path))
+    with pytest.raises(PlanError, match="--hashes: 'abc' is not 64 hex digits"):
+        take_back(store, Lists(hashes=["abc"]))
+    assert isinstance(take_back(store, Lists()), TakenBack) and not store.exists("_removed")
