@@ -37,7 +37,7 @@ def run(job: Job) -> None:
 
     # Copies across the whole pool: one of each group stays.
     if recipe.dedup:
-        duplicates = dedup_step(recipe.dedup, tables, job.shards)
+        duplicates = dedup_step(recipe.dedup, tables, job.shards, store)
         job.across(duplicates)
         tables += duplicates.tables
 

@@ -62,7 +62,7 @@ def copies_on(store: Store, rule: Rule, before: Sequence[Rule], shard: str) -> p
         values, similarity = near["group"].tolist(), near["similarity"]
     candidates = table.select([KEY.name, ROW.name, *key_columns(rule)])
     candidates = candidates.append_column(VALUE, _digests(values)).append_column(SIMILARITY, pa.array(similarity))
-    released = pa.array([False] * table.num_rows)
+    released = pa.array([False] * table.num_rows, pa.bool_())
     if rule.released:
         released = released_rows(store, rule.released, shard, table[ROW.name].to_numpy())
     return candidates.append_column(RELEASED, released)
