@@ -163,7 +163,8 @@ class Crawl:
             job.spent_s += loop.time() - start
 
     def _reached(self, host: _Host) -> None:
-        host.failures, host.answered, host.limit = 0, True, self._settings.per_host
+        """An answer: one request more at once, so that a host is met gently and only as fast as it and we can work."""
+        host.failures, host.answered, host.limit = 0, True, min(self._settings.per_host, host.limit + 1)
 
     def _again(self, host: _Host, job: _Job, refusal: Refusal) -> bool:
         """Keep the host's books; queue the job anew and say True where that may help."""
