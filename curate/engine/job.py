@@ -176,7 +176,11 @@ class Job:
         for spec in step.tables:
             self.store.describe(spec)
         with progress(step.name, max(1, len(shards))) as ticker:
-            record.counts = dict(step.run(self.store, shards, self._map, ticker))
+            try:
+                record.counts = dict(step.run(self.store, shards, self._map, ticker))
+            except FileNotFoundError:  # another run at this root has just finished this step and swept its work away
+                if not step.done(self.store, shards):
+                    raise
 
     def _map(self, function: Callable[[Any], Any], items: Sequence[Any]) -> Any:
         return self.driver.map(function, items)
