@@ -7,6 +7,7 @@ A try that raised counts. A try that left no ending (its process died) counts wh
 still lives: then the shard killed its worker. A killed driver or a lost node is not the shard's fault.
 """
 
+import errno
 import os
 import shutil
 import socket
@@ -20,6 +21,8 @@ from curate.stage import ShardReport, Stage, run_shard, scratch_path
 from curate.store import Store
 
 MAX_TRIES = 3
+# A full or read-only disk is no shard's fault: it would set every shard aside within seconds. The run ends instead.
+DISK_ERRORS = frozenset({errno.ENOSPC, errno.EDQUOT, errno.EROFS})
 
 
 def stage_id(stage: Stage) -> str:
@@ -47,6 +50,8 @@ def run_bounded(
 ) -> ShardReport:
     """`run_shard` with at most three tries; afterwards the shard is set aside and the report says why.
 
+    Raises OSError when the disk is full or read-only: that ends the run, and no shard is blamed.
+
     `node` names this worker's machine and `alive` lists the machines that live, both as the engine knows them.
     """
     path = f"_attempts/{stage_id(stage)}/{shard.name}.json"
@@ -57,6 +62,8 @@ def run_bounded(
         try:
             report = run_shard(store, stage, shard)
         except Exception as error:  # any failure of a stage is a try, whatever it is; its cause is kept
+            if isinstance(error, OSError) and error.errno in DISK_ERRORS:
+                raise
             tries[-1]["cause"] = _cause(error)
             store.put_json(path, tries)
             continue
