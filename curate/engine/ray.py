@@ -7,6 +7,7 @@ its reports, never its data: that goes through the store. Ray restarts dead acto
 
 import logging
 import os
+import re
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import asdict
 from typing import Any
@@ -16,7 +17,7 @@ import pyarrow as pa
 import ray
 from ray.data import ActorPoolStrategy, DataContext, Dataset
 
-from curate.engine.attempts import run_bounded
+from curate.engine.attempts import MAX_TRIES, run_bounded
 from curate.engine.driver import Driver
 from curate.errors import StageError
 from curate.metrics import Cost
@@ -25,6 +26,7 @@ from curate.stage import ShardReport, Stage
 from curate.store import Store
 
 IN_FLIGHT_PER_CPU = 4  # map tasks queued per core: enough to hide scheduling, few enough to bound results held
+_RAISED = re.compile(r"[A-Za-z_][\w.]*(Error|Exception|MissingTable): ")  # a traceback's last line
 NODE_LOSSES = 20  # times that a map item may lose its machine before we give up on it
 
 
@@ -102,6 +104,9 @@ class RayDriver(Driver):
         context.enable_progress_bars = False  # ours says more: failures and rates of the domain
         context.print_on_execution_start = False
         context.execution_options.preserve_order = False
+        context.max_consecutive_actor_init_deaths = (
+            MAX_TRIES  # 0, Ray's own: a node lost while a model loads ends the run
+        )
         rows = [{"name": shard.name, "rows": shard.rows, "reports": []} for shard in shards]
         blocks = [pa.Table.from_pylist([row], schema=_ROW) for row in rows]
         dataset: Dataset = ray.data.from_arrow(blocks)
@@ -120,7 +125,7 @@ class RayDriver(Driver):
                 yield [_unpack(report) for report in row["reports"]]
         except ray.exceptions.RayError as error:
             names = ", ".join(stage.name for stage in stages)
-            raise StageError(f"{names}: a worker could not start or was lost for good: {_short(error)}") from error
+            raise StageError(f"{names}: a worker could not start or go on: {_short(error)}") from error
 
     def map(self, function: Callable[[Any], Any], items: Sequence[Any]) -> Iterator[Any]:
         """See Driver.map."""
@@ -159,5 +164,7 @@ def _fit(stages: Sequence[Stage]) -> float:
 
 
 def _short(error: BaseException) -> str:
+    """The error that a worker raised, out of Ray's report of it; else the report's last line."""
     lines = [line for line in str(error).splitlines() if line.strip()]
-    return (lines[-1] if lines else type(error).__name__)[:1000]
+    raised = [line for line in lines if _RAISED.match(line) and not line.startswith("ray.")]
+    return (raised or lines or [type(error).__name__])[-1][:1000]

@@ -1,14 +1,23 @@
 """Stages over shards, on both engines: the same bytes, whatever dies."""
 
+import errno
+import os
+from collections.abc import Iterator, Mapping, Sequence
 from functools import partial
 from pathlib import Path
 
+import pyarrow as pa
 import pytest
 
+from curate.config import parse_recipe
 from curate.engine.attempts import set_aside
 from curate.engine.driver import Driver
 from curate.engine.inline import InlineDriver
-from curate.stage import run_shard
+from curate.engine.job import Job
+from curate.errors import StageError
+from curate.metrics import Ticker
+from curate.schema import Shard
+from curate.stage import CrossStep, Map, Task, run_shard
 from curate.store import Store
 from tests.engine.toy import SAMPLES, ToyFetch, ToyScore, bytes_of, fill_pool
 
@@ -93,6 +102,66 @@ def test_worker_that_dies_once_changes_nothing(tmp_path: Path, ray_driver: Drive
     assert store.sweep(store.folder(ToyFetch.tables[0])) == 1
     assert bytes_of(store) == expected
     assert set_aside(store, ToyFetch()) == {}
+
+
+class DiesInSetup(ToyFetch):
+    """A worker that is lost while it loads its model."""
+
+    def setup(self) -> None:
+        assert self.die_once is not None
+        if not self.die_once.exists():
+            self.die_once.write_text("died")
+            os._exit(9)
+
+
+def test_worker_lost_in_setup_is_replaced(tmp_path: Path, ray_driver: Driver) -> None:
+    """Guards against a spot node that goes while a model loads and takes the whole run with it."""
+    store = Store(str(tmp_path / "root"))
+    shards = fill_pool(store, shards=2, rows=300)
+    stage = DiesInSetup(die_once=tmp_path / "died")
+    assert len(list(ray_driver.run(store, [stage], shards))) == 2
+    assert (tmp_path / "died").exists()
+
+
+class FullDisk(ToyFetch):
+    """Writes to a disk that is full."""
+
+    def process(self, task: Task, batches: Iterator[pa.RecordBatch]) -> Iterator[Mapping[str, pa.RecordBatch]]:
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+
+def test_full_disk_ends_the_run_and_blames_no_shard(tmp_path: Path, driver: Driver) -> None:
+    """Guards against a full disk that sets a whole pool aside within seconds."""
+    store = Store(str(tmp_path))
+    shards = fill_pool(store, shards=2, rows=20)
+    with pytest.raises((OSError, StageError), match="No space left"):
+        list(driver.run(store, [FullDisk()], shards))
+    assert set_aside(store, FullDisk()) == {}
+
+
+class Swept(CrossStep):
+    """A step whose work another run at the same root finishes and sweeps away under it."""
+
+    name = "swept"
+
+    def __init__(self, other_finishes: bool) -> None:
+        self.other_finishes = other_finishes
+
+    def done(self, store: Store, shards: Sequence[Shard]) -> bool:
+        return store.exists("finished")
+
+    def run(self, store: Store, shards: Sequence[Shard], map_items: Map, ticker: Ticker) -> Mapping[str, int]:
+        if self.other_finishes:
+            store.put_bytes("finished", b"")
+        return {"bytes": len(store.get_bytes("_work/swept/by_the_other"))}
+
+
+def test_step_that_another_run_finished_is_done(tmp_path: Path) -> None:
+    """Guards against the slower of two runs at one root failing on files that the faster one has swept away."""
+    job = Job(parse_recipe({"root": str(tmp_path), "ingest": {"sources": ["a.parquet"]}}))
+    with pytest.raises(FileNotFoundError):
+        job.across(Swept(other_finishes=False))
+    job.across(Swept(other_finishes=True))
 
 
 def test_map_gives_every_result_and_the_functions_own_error(driver: Driver) -> None:
