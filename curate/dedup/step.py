@@ -207,7 +207,12 @@ def _apply(rule: Rule, verdicts: pa.Table, rows: list[dict[str, Any]]) -> None:
 
 
 def _commit(store: Store, spec: TableSpec, aligned: TableSpec, rules: Sequence[Rule], shard: Shard) -> dict[str, int]:
-    """Write a shard's `duplicates` from the verdicts of all rules; counts them by rule."""
+    """Write a shard's `duplicates` from the verdicts of all rules; counts them by rule.
+
+    What is there stays: another run at this root may have written it and swept away the verdicts read here.
+    """
+    if store.has(spec, shard.name):
+        return _counts(store.read(spec, shard.name, ["duplicate_kind"]))
     nothing: dict[str, Any] = {**dict.fromkeys((field.name for field in _FIELDS), None), "is_duplicate": False}
     rows = [nothing] * shard.rows
     for rule in rules:
@@ -215,5 +220,9 @@ def _commit(store: Store, spec: TableSpec, aligned: TableSpec, rules: Sequence[R
     keys = store.read(aligned, shard.name, [KEY.name]).column(KEY.name)
     told = pa.Table.from_pylist(rows, schema=pa.schema(_FIELDS))
     store.write(spec, shard, pa.table([keys, *told.columns], schema=spec.schema), aligned_with=aligned)
+    return _counts(told)
+
+
+def _counts(told: pa.Table) -> dict[str, int]:
     counts = Counter(told.column("duplicate_kind").drop_null().to_pylist())
     return {f"duplicate by {kind}": count for kind, count in counts.items()}
