@@ -15,6 +15,7 @@ from rich.markup import escape
 from rich.table import Table
 
 from curate.catalog import find_sample, locate_sample, open_catalog, views_of
+from curate.cli_release import export, latest, remove, verify
 from curate.config import Recipe, load_recipe, parse_recipe
 from curate.engine.job import PLAN, Job, unpack_spec
 from curate.errors import ConfigError, CurateError, PlanError, StoreError, WeightsError
@@ -119,8 +120,8 @@ def status(where: Annotated[str, typer.Argument(help="Recipe file or root of a r
     print_funnel(out, store, tables, shards)
     for name, cause in note["set_aside"].items():
         out.print(f"set aside: {name}: {cause}", markup=False)
-    latest = _latest(store)
-    out.print(f"latest release: {store.url('releases/' + latest) if latest else 'none'}", markup=False, soft_wrap=True)
+    newest = latest(store)
+    out.print(f"latest release: {store.url('releases/' + newest) if newest else 'none'}", markup=False, soft_wrap=True)
 
 
 @app.command()
@@ -197,17 +198,8 @@ def report(
     out.print(f"wrote {out_file}", markup=False)
 
 
-@app.command()
-@guarded
-def verify(
-    release: Annotated[str, typer.Argument(help="<root>/releases/<name>, or a root (its latest release).")],
-) -> None:
-    """Read every tar of a release again and compare it with the manifest. Exit code 2 when anything differs."""
-    from curate.emit.verify import verify_release  # noqa: PLC0415  # only here
-
-    root, name = _release_of(release)
-    report = verify_release(root, name)
-    out.print(f"{root}/releases/{name}: {report}", markup=False, soft_wrap=True)
+for word in (verify, remove, export):
+    app.command()(guarded(word))
 
 
 @app.command()
@@ -316,9 +308,9 @@ def execute(recipe: Recipe, retry: set[str] | None = None) -> Job:
     print_funnel(out, job.store, tables, [shard.name for shard in job.store.shards(tables[0])])
     for name, cause in job.set_aside.items():
         out.print(f"set aside: {name}: {cause}", markup=False, soft_wrap=True)
-    latest = _latest(job.store)
-    if latest is not None:
-        print_release(out, job.store, latest)
+    newest = latest(job.store)
+    if newest is not None:
+        print_release(out, job.store, newest)
     return job
 
 
@@ -370,24 +362,6 @@ def _opened(root: str) -> tuple[Store, list[TableSpec], Any]:
     except (KeyError, TypeError, ValueError) as error:
         raise StoreError(f"{store.url(PLAN)}: not a plan that this curate wrote ({error!r}); run the recipe") from None
     return store, sorted(tables, key=lambda spec: spec.name != SAMPLES), note
-
-
-def _latest(store: Store) -> str | None:
-    try:
-        return store.get_bytes("releases/latest").decode().strip()
-    except FileNotFoundError:
-        return None
-
-
-def _release_of(release: str) -> tuple[str, str]:
-    trimmed = release.rstrip("/")
-    if "/releases/" in trimmed:
-        root, _, name = trimmed.rpartition("/releases/")
-        return root, name if name != "latest" else (_latest(Store(root)) or "latest")
-    latest = _latest(Store(trimmed))
-    if latest is None:
-        raise PlanError(f"{release}: no release here; expected <root>/releases/<name> or a root that has one")
-    return trimmed, latest
 
 
 def main() -> None:

@@ -248,12 +248,12 @@ class EmitSettings(Settings):
     seed: int = 0
     columns: list[str] | None = None  # in <key>.json; None: all that are known of the sample
     features: list[str] = []  # embedding columns to add as <key>.<column>.npy, float16
-    # jpg: every image is <key>.jpg whatever its format, as img2dataset names unchanged bytes; readers go by content,
-    # and `datasets` refuses a tar whose samples differ in their members. own: jpg, png, webp.
+    # jpg: <key>.jpg whatever the format, as img2dataset, since `datasets` wants equal members. own: jpg, png, webp
     image_names: Literal["jpg", "own"] = "jpg"
-    # Shuffled as one; above that on two levels. Costs about 1 kB of memory a sample in one task, and on an object store
-    # the group's image bytes of local disk.
-    group_samples: Positive = 1_000_000
+    group_samples: Positive = 200_000  # shuffled as one, above that on two levels; 2 kB of memory each in one task
+    blur_faces: bool = False  # needs face_boxes; only images with faces are encoded anew
+    strip_metadata: bool = False  # EXIF and its like, where an adopted pool still has them
+    mask_contacts: bool = False  # e-mail addresses and phone numbers in captions
 
 
 class EngineSettings(Settings):

@@ -52,9 +52,8 @@ class ReleaseDataset(Dataset[tuple[Any, Any]]):
             raise MissingTable(f"{self._release}: no subset {self._subset} here ({known})")
         withdrawn = store.get_json("withdrawn.json")
         if withdrawn is not None:
-            raise ReleaseError(
-                f"{self._release} was withdrawn: {withdrawn['reason']}; use {withdrawn['use'] or 'another'}"
-            )
+            other = f"use {withdrawn['use']}" if withdrawn["use"] else "run its recipe again"
+            raise ReleaseError(f"{self._release} was withdrawn: {withdrawn['reason']}; {other}")
         tars: list[str] = []
         parts: list[tuple[np.ndarray, np.ndarray, np.ndarray]] = []
         columns = ["subset", "tar", "offset", "length"]

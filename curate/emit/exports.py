@@ -13,6 +13,9 @@ import pyarrow as pa
 import pyarrow.compute as pc
 import pyarrow.parquet as pq
 
+from curate.emit.croissant import export_croissant
+from curate.emit.hub import export_datasets
+from curate.emit.verify import refuse_withdrawn
 from curate.errors import PlanError, ReleaseError
 from curate.store import Store
 from curate.tar import BLOCK
@@ -82,7 +85,7 @@ def export_urls(release: str, subset: str, out: Path) -> Path:
     return path
 
 
-def export_dinov2(release: str, subset: str, out: Path) -> Path:
+def export_entries(release: str, subset: str, out: Path) -> Path:
     """`<out>/entries.npy` and `<out>/class-ids.npy`, with which DINOv2's ImageNet22k class reads our tars as they are.
 
     Use `dataset_path=ImageNet22k:root=<release>/<subset>:extra=<out>`. Its "class" is the tar; it takes byte ranges
@@ -119,8 +122,20 @@ EXPORTS: Mapping[str, Callable[[str, str, Path], Path]] = {
     "laion": export_laion,
     "datacomp": export_datacomp,
     "urls": export_urls,
-    "dinov2": export_dinov2,
+    "entries": export_entries,
+    "croissant": export_croissant,
+    "datasets": export_datasets,
 }
+
+
+def only_subset(release: str, subset: str | None) -> str:
+    """The subset that is meant: the one named, or the only one. Raises PlanError."""
+    names: list[str] = list((Store(release).get_json("release.json") or {"subsets": {}})["subsets"])
+    if subset is not None:
+        return subset
+    if len(names) != 1:
+        raise PlanError(f"{release}: name one with --subset: {', '.join(names) or 'no release.json is there'}")
+    return names[0]
 
 
 def _tars(release: str, subset: str) -> Iterator[pa.Table]:
@@ -130,6 +145,7 @@ def _tars(release: str, subset: str) -> Iterator[pa.Table]:
     if note is None or subset not in note["subsets"]:
         known = ", ".join(note["subsets"]) if note else "no release.json is there"
         raise PlanError(f"{release}: no subset {subset} ({known})")
+    refuse_withdrawn(store, "")
     with store.open("manifest.parquet") as handle, pq.ParquetFile(handle) as file:
         for number in range(file.metadata.num_row_groups):
             rows = file.read_row_group(number)

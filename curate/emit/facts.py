@@ -20,6 +20,7 @@ from curate.rows import MEMBER, SAMPLES, Column, columns_of
 from curate.schema import KEY, LOCATION_FIELDS, TableSpec
 
 EMBEDDINGS = "embeddings_"
+FACES = "face_boxes"
 PLACE = (
     pa.field("tar", pa.string(), nullable=False),  # below the subset's folder
     pa.field("offset", pa.int64(), nullable=False),  # of the image member's data, bytes
@@ -40,6 +41,11 @@ class Facts:
     manifest: tuple[str, ...]  # wide names, `key` first
     json: tuple[str, ...]
     features: tuple[str, ...]  # embedding columns
+
+    def check_faces(self) -> None:
+        """Raise PlanError when nothing says where faces are."""
+        if FACES not in self.columns:
+            raise PlanError(f"emit.blur_faces: no table has {FACES}; add `faces: {{scorer: faces}}` to `score:`")
 
     @property
     def read(self) -> tuple[str, ...]:

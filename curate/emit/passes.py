@@ -22,7 +22,8 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 
 from curate.config import EmitSettings
-from curate.emit.facts import PLACE, Facts, json_records
+from curate.emit.facts import FACES, PLACE, Facts, json_records
+from curate.emit.privacy import blur_faces, mask_rows, strip_metadata
 from curate.emit.ranges import Direct, Spool, source_of
 from curate.emit.shuffle import Chunk, Group, permutation
 from curate.errors import StoreError
@@ -161,12 +162,14 @@ def _write_tar(
     offsets: list[int] = []
     digests: list[str] = []
     lengths: list[int] = []
+    if build.settings.mask_contacts:
+        rows = mask_rows(rows)
     with build.store.staged(path) as local, local.open("wb") as stream:
         hashed = Hashed(stream)
         tar = TarWriter(cast(BinaryIO, hashed))
         for at in range(0, rows.num_rows, ROWS_AT_ONCE):
             batch = rows.slice(at, ROWS_AT_ONCE)
-            images = source.images(batch, first + at)
+            images = _shown(build.settings, batch, source.images(batch, first + at))
             for image, place in zip(images, _add_members(build, tar, batch, images), strict=True):
                 offsets.append(place)
                 lengths.append(len(image))
@@ -177,6 +180,16 @@ def _write_tar(
         "subset": subset, "tar": f"{number:05d}.tar", "samples": rows.num_rows, "bytes": hashed.bytes,
         "sha256": hashed.hexdigest(), "image_bytes": sum(lengths),
     }  # fmt: skip
+
+
+def _shown(settings: EmitSettings, batch: pa.Table, images: list[bytes]) -> list[bytes]:
+    """The bytes that are emitted: as they are stored, but for what the recipe hides of people."""
+    if settings.blur_faces:
+        boxes, exts = batch.column(FACES).to_pylist(), batch.column("ext").to_pylist()
+        images = [
+            blur_faces(image, faces or [], ext or "jpg") for image, faces, ext in zip(images, boxes, exts, strict=True)
+        ]
+    return [strip_metadata(image) for image in images] if settings.strip_metadata else images
 
 
 def _add_members(build: Build, tar: TarWriter, batch: pa.Table, images: Sequence[bytes]) -> Iterator[int]:

@@ -58,6 +58,8 @@ class EmitStep(CrossStep):
         self._settings, self._recipe, self._members = settings, recipe, dict(members)
         self._thresholds, self._set_aside = dict(thresholds), dict(set_aside)
         self._facts = facts_of(tables, settings.columns, settings.features)
+        if settings.blur_faces:
+            self._facts.check_faces()
         self._specs = [*tables, *members.values()]
         self._fingerprint = fingerprint(
             "release", VERSION, settings.model_dump(mode="json"), list(members), inputs_of(members.values()),

@@ -80,10 +80,10 @@ def verify_release(store_root: str, name: str, on_progress: Callable[[int, int],
 
 def refuse_withdrawn(store: Store, folder: str) -> None:
     """Raise ReleaseError when samples of this release were taken back, with the release to use instead."""
-    note = store.get_json(f"{folder}/{WITHDRAWN}")
+    note = store.get_json(f"{folder}/{WITHDRAWN}" if folder else WITHDRAWN)
     if note is not None:
         instead = f"use {RELEASES}/{note['use']}" if note["use"] else "run the recipe again"
-        raise ReleaseError(f"{store.url(folder)} was withdrawn: {note['reason']}; {instead}")
+        raise ReleaseError(f"{store.url(folder).rstrip('/')} was withdrawn: {note['reason']}; {instead}")
 
 
 def _manifest(store: Store, path: str, report: Report) -> Iterator[list[dict[str, Any]]]:

@@ -1,8 +1,13 @@
 """A release in the forms of others, read back by their rules."""
 
+import hashlib
 import io
+import json
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from mmap import ACCESS_READ, mmap
 from pathlib import Path
+from threading import Thread
+from typing import Any
 
 import numpy as np
 import pyarrow.parquet as pq
@@ -10,6 +15,7 @@ import pytest
 from PIL import Image
 
 from curate.emit.exports import COYO, EXPORTS
+from curate.emit.hub import push_to_hub
 from curate.emit.step import latest_release
 from curate.errors import MissingTable, PlanError
 from curate.store import Store
@@ -61,7 +67,7 @@ def test_url_list_holds_neither_image_nor_caption(release: Path, tmp_path: Path)
 
 def test_dinov2_reads_our_tars(release: Path, tmp_path: Path) -> None:
     """Guards against offsets that DINOv2's ImageNet22k would cut wrongly: it drops 512 bytes of header."""
-    entries = np.load(EXPORTS["dinov2"](str(release), "any", tmp_path), mmap_mode="r")
+    entries = np.load(EXPORTS["entries"](str(release), "any", tmp_path), mmap_mode="r")
     classes = np.load(tmp_path / "class-ids.npy", mmap_mode="r")
     assert len(entries) == len(_keys(release, "any"))
     for entry in entries[::17]:
@@ -114,3 +120,85 @@ def test_bad_picture_does_not_end_a_run(tmp_path: Path) -> None:
     items = [item[0] for item in DataLoader(data, batch_size=None, num_workers=2)]
     assert len(items) == len(data) and items[3] == items[4]
     assert data.failures == 1
+
+
+def test_croissant_names_files_and_columns_that_are_there(release: Path, tmp_path: Path) -> None:
+    """Guards against metadata of other files than those that lie there, and references to nothing."""
+    tree = json.loads(EXPORTS["croissant"](str(release), "good", tmp_path).read_text())
+    assert tree["conformsTo"] == "http://mlcommons.org/croissant/1.0"
+    files = {entry["@id"]: entry for entry in tree["distribution"]}
+    for name, entry in files.items():
+        if entry["@type"] == "cr:FileObject":
+            assert hashlib.sha256((release / name).read_bytes()).hexdigest() == entry["sha256"]
+    fields = [field for records in tree["recordSet"] for field in records["field"]]
+    columns = pq.read_schema(release / "manifest.parquet").names
+    for field in fields:
+        source = field["source"]
+        assert source.get("fileObject", source.get("fileSet"))["@id"] in files
+        assert source["extract"].get("column", "key") in columns
+    assert {"samples/score", "samples/key", "pictures/image"} <= {field["@id"] for field in fields}
+
+
+def test_datasets_folder_loads_and_is_uploaded(release: Path, tmp_path: Path) -> None:
+    """Guards against a folder that `datasets` cannot load, and an upload that leaves files out."""
+    import datasets
+
+    folder = EXPORTS["datasets"](str(release), "good", tmp_path / "out")
+    data = datasets.load_dataset(str(folder), split="train", streaming=True)
+    assert sorted(row["__key__"] for row in data) == sorted(_keys(release, "good"))
+    with _Hub() as hub, pytest.MonkeyPatch.context() as patch:
+        patch.setenv("HF_TOKEN", "hf_toy")
+        patch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", False)  # the Hub is on this machine
+        push_to_hub(folder, "someone/pictures", endpoint=hub.url)
+    sent = {path for path in hub.committed if not path.startswith(".git")}
+    assert sent == {str(path.relative_to(folder)) for path in folder.rglob("*") if path.is_file()}
+    with pytest.raises(PlanError, match="is empty"):
+        EXPORTS["datasets"](str(release), "none", tmp_path / "none")
+
+
+class _Hub:
+    """Answers as the Hub does to a repository made and a commit of files sent inline."""
+
+    def __init__(self) -> None:
+        self.committed: set[str] = set()
+        hub = self
+
+        class Handler(BaseHTTPRequestHandler):
+            def do_POST(self) -> None:
+                body = self.rfile.read(int(self.headers.get("Content-Length") or 0))
+                answer: dict[str, Any] = {}
+                if self.path.endswith("/repos/create"):
+                    answer = {"url": f"{hub.url}/datasets/someone/pictures"}
+                elif "/preupload/" in self.path:
+                    files = json.loads(body)["files"]
+                    answer = {"files": [{**file, "uploadMode": "regular", "shouldIgnore": False} for file in files]}
+                elif "/commit/" in self.path:
+                    lines = [json.loads(line) for line in body.splitlines()]
+                    hub.committed |= {line["value"]["path"] for line in lines if line["key"] == "file"}
+                    answer = {"commitUrl": f"{hub.url}/datasets/someone/pictures/commit/1", "commitOid": "1"}
+                self._say(answer)
+
+            def do_GET(self) -> None:
+                self._say({"siblings": [], "sha": "1", "id": "someone/pictures"})
+
+            def _say(self, answer: dict[str, Any]) -> None:
+                data = json.dumps(answer).encode()
+                self.send_response(200)
+                self.send_header("Content-Type", "application/json")
+                self.send_header("Content-Length", str(len(data)))
+                self.end_headers()
+                self.wfile.write(data)
+
+            def log_message(self, format: str, *args: object) -> None:
+                pass
+
+        self._server = ThreadingHTTPServer(("127.0.0.1", 0), Handler)
+        self.url = f"http://127.0.0.1:{self._server.server_port}"
+
+    def __enter__(self) -> "_Hub":
+        Thread(target=self._server.serve_forever, daemon=True).start()
+        return self
+
+    def __exit__(self, *exc: object) -> None:
+        self._server.shutdown()
+        self._server.server_close()

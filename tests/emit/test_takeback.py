@@ -60,12 +60,13 @@ def _traces(store: Store, victims: Sequence[Victim]) -> list[str]:
     """Files that still hold a picture, a caption or a URL; Parquet is read, since it is compressed."""
     found = []
     for path, data in _files(store).items():
+        held = data
         words = [word for one in victims for word in (one.url.encode(), one.text.encode())]
         if path.endswith(".parquet"):
             with store.open(path.lstrip("/")) as handle:
-                data = repr(pq.read_table(handle).to_pylist()).encode()
+                held = repr(pq.read_table(handle).to_pylist()).encode()
         pixels = [one.image[-100:-20] for one in victims]  # its start is every picture's
-        if any(word in data for word in [*words, *pixels]):
+        if any(word in held for word in [*words, *pixels]):
             found.append(path)
     return found
 
@@ -92,7 +93,7 @@ def test_removed_samples_are_in_no_file_and_other_tars_keep_their_bytes(tmp_path
     assert len(_traces(store, victims)) >= 3
     before = _tars(store, first)
     names = [one.key if kind == "keys" else one.url for one in victims]
-    report = take_back(store, Lists(**{kind: names}))
+    report = take_back(store, Lists(keys=names) if kind == "keys" else Lists(urls=names))
     assert report.samples == 2
     assert _traces(store, victims) == []
     new = str(latest_release(store))
@@ -133,8 +134,8 @@ def test_selection_refuses_what_tombstones_name_even_where_tables_still_hold_it(
     take_back(store, Lists(urls=[victim.url], hashes=[f"{7:064x}"], domains=["HOST-2.example."]))
     refreshed = Store(str(tmp_path / "b"))
     make_pool(refreshed, shards=3)
-    for number in store.names("_removed"):
-        path = f"_removed/{number}/tombstones.json"
+    for batch in store.names("_removed"):
+        path = f"_removed/{batch}/tombstones.json"
         refreshed.put_bytes(path, store.get_bytes(path))
     assert tombstones_of(refreshed).domains == {"host-2.example"}
     members, _ = selected(

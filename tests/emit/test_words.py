@@ -1,0 +1,40 @@
+"""`curate remove` and `export` as people type them."""
+
+from pathlib import Path
+
+import pytest
+from typer.testing import CliRunner
+
+from curate.cli import app
+from curate.emit.step import latest_release
+from curate.store import Store
+from tests.emit.pool import emitter, make_pool, recipe_with, run
+
+
+def test_remove_and_export(tmp_path: Path) -> None:
+    """Guards against a word whose options do not reach what it does, and a list that cannot be read."""
+    store = Store(str(tmp_path / "run"))
+    shards = make_pool(store, shards=2)
+    run(emitter(store, shards, recipe_with({"all": {}})), store, shards)
+    (tmp_path / "domains.txt").write_text("# asked for by mail\nhost-1.example\n")
+    words = ["remove", store.root, "--domains", str(tmp_path / "domains.txt")]
+    found = CliRunner().invoke(app, words)
+    assert found.exit_code == 0, found.output
+    assert "60 samples removed" in found.output and "withdrawn: releases/0001" in found.output
+    assert str(latest_release(store)).startswith("0002")
+    assert CliRunner().invoke(app, ["verify", store.root]).exit_code == 0
+    assert CliRunner().invoke(app, ["verify", f"{store.root}/releases/{store.names('releases')[0]}"]).exit_code == 2
+    for form in ("coyo", "urls", "entries", "croissant", "datasets"):
+        found = CliRunner().invoke(app, ["export", store.root, "--as", form, "--out", str(tmp_path / form)])
+        assert found.exit_code == 0, found.output
+        assert any((tmp_path / form).iterdir())
+
+
+@pytest.mark.parametrize("words", [["remove", "ROOT", "--keys", "missing.txt"], ["export", "ROOT", "--as", "coyo",
+                                   "--out", "x", "--push", "a/b"]])  # fmt: skip
+def test_what_cannot_be_done_is_said(tmp_path: Path, words: list[str]) -> None:
+    """Guards against a traceback for a mistyped file."""
+    store = Store(str(tmp_path))
+    shards = make_pool(store, shards=1)
+    run(emitter(store, shards, recipe_with({"all": {}})), store, shards)
+    assert CliRunner().invoke(app, [store.root if word == "ROOT" else word for word in words]).exit_code == 2
