@@ -320,8 +320,7 @@ def _go(recipe: Recipe, *, dry: bool = False, retry: set[str] | None = None) -> 
     job = Job(recipe, dry=dry, retry=frozenset(retry))
     try:
         _pipeline(recipe.pipeline)(job)
-        if not dry:
-            job.note()
+        (job.check_workers if dry else job.note)()
     finally:
         job.close()
     return job

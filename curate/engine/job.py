@@ -16,7 +16,7 @@ from curate.config import EngineSettings, Recipe
 from curate.engine.attempts import forgive, set_aside
 from curate.engine.driver import Driver
 from curate.engine.inline import InlineDriver
-from curate.errors import StageError, StoreError
+from curate.errors import PlanError, StageError, StoreError
 from curate.metrics import Cost, progress, total
 from curate.retry import check_statuses, reopen, revised
 from curate.schema import Shard, TableSpec
@@ -134,6 +134,13 @@ class Job:
         self._register(step)
         step.check(self.store)
         self._across(step, self.shards)
+
+    def check_workers(self) -> None:
+        """Raise PlanError for a name in `engine.workers` that no stage of this pipeline has."""
+        names = {record.name for record in self.records}
+        unknown = sorted(set(self.recipe.engine.workers) - names)
+        if unknown:
+            raise PlanError(f"engine.workers.{unknown[0]}: no such stage; this pipeline has {', '.join(sorted(names))}")
 
     def note(self) -> None:
         """Leave in the store what this run is made of, unless it says so already."""

@@ -174,3 +174,11 @@ def test_ctrl_c_and_the_disk_end_with_a_word() -> None:
         2,
         True,
     )
+
+
+def test_a_misspelt_stage_in_workers_is_refused(pool: Path) -> None:
+    """Guards against a cap that is silently without effect."""
+    code, said = call("plan", write(pool), "--set", "engine.workers.fetsch=64")
+    assert code == 2
+    assert "engine.workers.fetsch" in said
+    assert call("plan", write(pool), "--set", "engine.workers.fetch=64")[0] == 0
