@@ -1,0 +1,367 @@
+"""The recipes that choose by vectors and by entries: each config runs, and each row's fate is recomputed here.
+
+The configs are taken as they are in `configs/`; only models (the demo's tiny CLIP for all), sources and sizes are
+smaller. Seeds are vectors of the pool itself, a little moved.
+"""
+
+import json
+import shutil
+import zlib
+from collections import Counter
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
+import pytest
+import yaml
+
+import configs
+from curate.balance.metaclip import kept
+from curate.config import parse_recipe
+from curate.demo.paths import weights_dir
+from curate.engine.driver import Driver
+from curate.engine.inline import InlineDriver
+from curate.engine.job import Job
+from curate.retrieve.hierarchy import Tree, allocate
+from curate.rows import columns_of, read_rows
+from curate.vectors import get_arrays, hashed, key_numbers
+from pipelines import datacomp_image, image_text, lvd142m, lvd1689m, metaclip, mode
+from tests.e2e.conftest import Web, release_of
+
+CONFIGS = Path(str(configs.__path__[0]))
+PIPELINES = {
+    "lvd142m": lvd142m, "lvd1689m": lvd1689m, "datacomp_image": datacomp_image, "metaclip": metaclip, "mode": mode,
+}  # fmt: skip
+SCORE = {
+    "clip_vitl14": {"scorer": "clip", "model": f"local-dir:{weights_dir()}"}, "phash": {"scorer": "phash"},
+    "text": {"scorer": "text_stats"}, "facts": {"scorer": "text_facts"},
+}  # fmt: skip
+FETCH = {"allow_networks": ["127.0.0.1/32"], "timeout_s": 3, "retries": 0, "image_size": 128, "min_image_size": 32}
+ENTRIES = ["red", "blue", "circle", "square", "a red", "house", "tree", "on", "white", "unheard of", "with", "two"]
+
+Row = dict[str, Any]
+
+
+@dataclass(frozen=True)
+class Pool:
+    """The web fetched and scored once, with a table of its own: `dataset`, `punsafe` and NSFW scores are drawn."""
+
+    table: Path
+    root: Path
+    vectors: Mapping[int, np.ndarray]  # by id, float64
+
+
+@pytest.fixture(scope="module")
+def pool(web: Web, tmp_path_factory: pytest.TempPathFactory) -> Pool:
+    """What all recipes start from, so that each only does what is its own."""
+    folder = tmp_path_factory.mktemp("pool")
+    table = pq.read_table(web.table)
+    rng = np.random.default_rng(1)
+    sets = ["imagenet22k", "gldv2", "mapillary_sls", "imagenet1k", *[None] * 20]
+    drawn = {
+        "dataset": pa.array([sets[at] for at in rng.integers(0, len(sets), table.num_rows)], pa.string()),
+        "punsafe": pa.array(rng.random(table.num_rows) * 0.12, pa.float32()),
+        "nsfw_score_opennsfw2": pa.array(rng.random(table.num_rows) * 0.6, pa.float32()),
+    }
+    table = table.drop_columns(["nsfw_score_opennsfw2"])
+    for name, values in drawn.items():
+        table = table.append_column(name, values)
+    pq.write_table(table, folder / "urls.parquet")
+    tree = {"root": str(folder / "run"), "ingest": _ingest(folder / "urls.parquet"), "fetch": FETCH, "score": SCORE,
+            "engine": {"driver": "inline"}}  # fmt: skip
+    job = Job(parse_recipe(tree))
+    image_text.run(job)
+    held = _rows(job, "id", "clip_vitl14_image")
+    vectors = {row["id"]: np.array(row["clip_vitl14_image"], np.float64) for row in held if row["clip_vitl14_image"]}
+    return Pool(folder / "urls.parquet", folder / "run", vectors)
+
+
+def _ingest(table: Path) -> dict[str, Any]:
+    return {"sources": [str(table)], "rows_per_shard": 100}
+
+
+def _rows(job: Job, *names: str) -> list[Row]:
+    """The named columns of all rows, in pool order."""
+    columns = columns_of([spec for name, spec in job.tables.items() if not name.startswith("member_")])
+    return [row for shard in job.shards for row in read_rows(job.store, columns, names, shard.name).to_pylist()]
+
+
+def _run(name: str, pool: Pool, root: Path, driver: Driver | None = None, **sections: Any) -> Job:
+    """Run a config on the pool; `sections` replace keys of its sections."""
+    if not root.exists():
+        shutil.copytree(pool.root, root)
+    text = (CONFIGS / f"{name}.yaml").read_text().replace("dinov2_image", "clip_vitl14_image")
+    tree = yaml.safe_load(text)
+    tree |= {"root": str(root), "ingest": _ingest(pool.table), "fetch": FETCH, "score": SCORE}
+    tree["dedup"] = [rule for rule in tree.get("dedup", []) if "embedding" not in rule["by"]]
+    for section, keys in sections.items():
+        tree[section] = keys if section == "subsets" else tree[section] | keys
+    job = Job(parse_recipe(tree), driver=lambda: driver or InlineDriver())
+    PIPELINES[name].run(job)
+    job.note()
+    return job
+
+
+def _released(job: Job) -> dict[str, set[str]]:
+    """Keys by subset."""
+    (path,) = Path(job.recipe.root).glob("releases/0*/manifest.parquet")
+    manifest = pq.read_table(path, columns=["subset", "key"])
+    found: dict[str, set[str]] = {name: set() for name in job.recipe.subsets}
+    for subset, key in zip(manifest["subset"].to_pylist(), manifest["key"].to_pylist(), strict=True):
+        found[subset].add(key)
+    return found
+
+
+def _unit(vectors: np.ndarray) -> np.ndarray:
+    return vectors / np.linalg.norm(vectors, axis=-1, keepdims=True)
+
+
+def _centroids(job: Job) -> np.ndarray:
+    held = get_arrays(job.store, f"_cells/{job.tables['cells'].fingerprint}/centroids.npz")
+    return np.asarray(held["centroids"], np.float64)
+
+
+def _first_copies(rows: list[Row], by: str) -> set[str]:
+    """Keys of the rows that a rule `{by}` keeps, largest first; rows without a value are no copies."""
+    best: dict[str, Row] = {}
+    for row in rows:
+        if row["status"] == "ok" and row[by] is not None:
+            held = best.setdefault(row[by], row)
+            if (-row["width"] * row["height"], row["key"]) < (-held["width"] * held["height"], held["key"]):
+                best[row[by]] = row
+    return {row["key"] for row in best.values()} | {row["key"] for row in rows if row[by] is None}
+
+
+def _seeds(pool: Pool, folder: Path, names: list[str]) -> dict[str, np.ndarray]:
+    """Write seeds/<name>.parquet for each set; the vectors as they stand there."""
+    rng = np.random.default_rng(4)
+    (folder / "seeds").mkdir(parents=True)
+    ids = sorted(pool.vectors)
+    made = {}
+    for number, name in enumerate(names):
+        some = [pool.vectors[at] for at in ids[number :: 2 * len(names)]] * (1 if number % 3 else 2)
+        vectors = (np.array(some) + rng.normal(size=(len(some), len(some[0]))) * 0.02).astype(np.float32)
+        lists = pa.array([None, *vectors.tolist()], pa.list_(pa.float32()))  # one file of the folder was no image
+        pq.write_table(pa.table({"path": [str(at) for at in range(len(lists))], "v": lists}),
+                       folder / "seeds" / f"{name}.parquet")  # fmt: skip
+        made[name] = vectors.astype(np.float64)
+    return made
+
+
+def _nearest(pool_rows: list[Row], seeds: np.ndarray, k: int) -> set[str]:
+    """Keys of the k nearest rows of each seed."""
+    vectors = _unit(np.array([row["clip_vitl14_image"] for row in pool_rows], np.float64))
+    order = np.argsort(-(_unit(seeds) @ vectors.T), axis=1, kind="stable")[:, :k]
+    return {pool_rows[at]["key"] for at in order.ravel()}
+
+
+def _of_cells(job: Job, rows: list[Row], home: np.ndarray, seeds: np.ndarray, one: Any) -> tuple[set[str], int]:
+    """(keys, images before the cap) of a cluster set: `home` is the cell of each row, -1 for none."""
+    counts = np.bincount((_unit(seeds) @ _unit(_centroids(job)).T).argmax(axis=1), minlength=len(_centroids(job)))
+    seed = zlib.crc32(one.name.encode())
+    marks = hashed(key_numbers([row["key"] for row in rows]), seed)
+    drawn: list[int] = []
+    for cell in np.flatnonzero(counts > one.more_than):
+        drawn += sorted(np.flatnonzero(home == cell).tolist(), key=lambda at: int(marks[at]))[: one.per_cell]
+    cut = hashed(np.arange(len(rows)), seed, salt=1)
+    return {rows[at]["key"] for at in sorted(drawn, key=lambda at: int(cut[at]))[: one.cap]}, len(drawn)
+
+
+def test_lvd142m(pool: Pool, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: Any) -> None:
+    """Guards against table 15's sets that retrieve what another rule would."""
+    monkeypatch.chdir(tmp_path)
+    sets = yaml.safe_load((CONFIGS / "lvd142m.yaml").read_text())["retrieve"]["sets"]
+    seeds = _seeds(pool, tmp_path, [one["name"] for one in sets if one["how"] != "as_is"])
+    small = {"sample": {"nprobe": 6, "k": 2}, "cluster": {"per_cell": 6, "cap": 20}, "as_is": {}}
+    smaller = [one | small[one["how"]] for one in sets]
+    job = _run("lvd142m", pool, tmp_path / "run", cells={"count": 6}, retrieve={"sets": smaller})
+    names = ("id", "status", "dataset", "width", "height", "image_phash", "nsfw_score_opennsfw2",
+             "clip_vitl14_image", "retrieved_by", "retrieved_count")  # fmt: skip
+    rows = _rows(job, *names)
+    fresh = _first_copies(rows, "image_phash")
+    inside = np.array([
+        row["clip_vitl14_image"] is not None and row["status"] == "ok" and row["dataset"] is None
+        and row["key"] in fresh and row["nsfw_score_opennsfw2"] < 0.5
+        for row in rows
+    ])  # fmt: skip
+    some = [row for row, held in zip(rows, inside, strict=True) if held]
+    home = np.full(len(rows), -1)
+    vectors = _unit(np.array([row["clip_vitl14_image"] for row in some], np.float64))
+    home[inside] = (vectors @ _unit(_centroids(job)).T).argmax(axis=1)
+    report = {
+        line["set"]: line
+        for line in json.loads(next((tmp_path / "run").glob("_retrieved/*/*.json")).read_text())["sets"]
+    }
+    expected: set[str] = set()
+    assert job.recipe.retrieve is not None
+    for one in job.recipe.retrieve.sets:
+        if one.how == "as_is":
+            wanted = {row["key"] for row in rows if row["status"] == "ok" and f"{row['dataset']}_as_is" == one.name}
+        elif one.how == "sample":
+            wanted = _nearest(some, seeds[one.name], one.k)
+            assert report[one.name]["final"] == one.k * len(seeds[one.name])
+            assert report[one.name]["recall"] == 1.0
+        else:
+            wanted, before = _of_cells(job, rows, home, seeds[one.name], one)
+            assert (report[one.name]["retrieved"], report[one.name]["final"]) == (before, len(wanted))
+        assert {row["key"] for row in rows if one.name in row["retrieved_by"]} == wanted, one.name
+        expected |= wanted
+    assert len(report) == 27
+    assert sum(line["final"] > 0 for line in report.values()) > 15
+    assert _released(job) == {"lvd142m": expected}
+    assert 100 < len(expected) < sum(row["status"] == "ok" for row in rows)
+    assert "fgvc_aircraft" in capsys.readouterr().out
+
+
+def test_lvd142m_on_ray_gives_the_same_release(
+    pool: Pool, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, ray_driver: Driver
+) -> None:
+    """Guards against rows that depend on where and how widely the steps ran."""
+    monkeypatch.chdir(tmp_path)
+    seeds = _seeds(pool, tmp_path, ["file"])
+    sets = [
+        {"name": "file", "how": "sample", "embeddings": str(tmp_path / "seeds" / "file.parquet"), "k": 1},
+        {"name": "own", "how": "cluster", "where": "id % 3 = 0", "per_cell": 9, "cap": 30},
+    ]
+    for root, driver in (("inline", None), ("ray", ray_driver)):
+        _run("lvd142m", pool, tmp_path / root, driver, cells={"count": 5}, retrieve={"sets": sets})
+    assert len(seeds["file"]) > 5
+    assert release_of(tmp_path / "inline") == release_of(tmp_path / "ray")
+
+
+def test_lvd1689m(pool: Pool, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Guards against a balanced sample that ignores its quotas, and parts that are mixed up."""
+    monkeypatch.chdir(tmp_path)
+    _seeds(pool, tmp_path, ["imagenet22k", "gldv2"])
+    levels = [{"count": 6, "resampling": 2, "sample_size": 2}, {"count": 3}]
+    subsets = yaml.safe_load((CONFIGS / "lvd1689m.yaml").read_text())["subsets"]
+    subsets["sampled"]["where"] = subsets["sampled"]["where"].replace("1689000000", "120")
+    job = _run("lvd1689m", pool, tmp_path / "run", cells={"count": 20}, subsets=subsets,
+               hierarchy={"levels": levels, "targets": [120], "iterations": 5})  # fmt: skip
+    rows = _rows(job, "dataset", "status", "sha256", "width", "height", "cell", "distance", "hierarchical_sample_120",
+                 "retrieved_by")  # fmt: skip
+    fresh = _first_copies(rows, "sha256")
+    for row in rows:
+        takes_part = row["status"] == "ok" and row["dataset"] is None and row["key"] in fresh
+        assert (row["cell"] is not None) == takes_part
+    cells = np.array([-1 if row["cell"] is None else row["cell"] for row in rows])
+    taken = np.array([row["hierarchical_sample_120"] for row in rows])
+    sizes = np.bincount(cells[cells >= 0], minlength=20)
+    given = np.bincount(cells[cells >= 0], weights=taken[cells >= 0], minlength=20)
+    assert taken.sum() == 120
+    assert taken[cells < 0].sum() == 0
+    for cell in range(20):  # the closest of each cell
+        inside = sorted(np.flatnonzero(cells == cell).tolist(), key=lambda at: (rows[at]["distance"], at))
+        assert [int(taken[at]) for at in inside] == [int(place < given[cell]) for place in range(len(inside))]
+    flat = allocate(Tree(sizes), 120, 1, 0)
+    assert np.abs(given - flat).max() <= 40  # the tree moves shares between concepts, not out of them
+    small = given[(sizes > 0) & (sizes <= np.median(sizes))] / sizes[(sizes > 0) & (sizes <= np.median(sizes))]
+    assert small.mean() > 120 / sizes.sum()  # rare concepts keep more of theirs than the pool's average
+    released = _released(job)
+    assert released["sampled"] == {rows[at]["key"] for at in np.flatnonzero(taken)}
+    assert released["curated"] == {
+        row["key"]
+        for row in rows
+        if row["status"] == "ok" and row["dataset"] in ("imagenet1k", "imagenet22k", "mapillary_sls")
+    }
+    assert released["imagenet1k"] == {
+        row["key"] for row in rows if row["status"] == "ok" and row["dataset"] == "imagenet1k"
+    }
+    near = {"imagenet22k", "gldv2"}
+    assert released["retrieved"] == {row["key"] for row in rows if near & set(row["retrieved_by"])}
+    assert len(released["retrieved"]) > 30
+
+
+@pytest.mark.parametrize("ready", [False, True])
+def test_datacomp_image(pool: Pool, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, *, ready: bool) -> None:
+    """Guards against cells by cosine where DataComp takes inner products, and cells with a seed that are left out."""
+    monkeypatch.chdir(tmp_path)
+    rng = np.random.default_rng(6)
+    vectors = np.array([pool.vectors[at] for at in sorted(pool.vectors)])
+    np.save(tmp_path / "in1k.npy", (vectors[::40] + rng.normal(size=vectors[::40].shape) * 0.02).astype(np.float16))
+    cells: dict[str, Any] = {"count": 40}
+    if ready:
+        np.save(
+            tmp_path / "centroids.npy",
+            vectors[rng.choice(len(vectors), 40, replace=False)] * rng.uniform(0.7, 1.3, (40, 1)),
+        )
+        cells["centroids"] = "centroids.npy"
+    job = _run("datacomp_image", pool, tmp_path / "run", cells=cells)
+    rows = _rows(job, "status", "clip_vitl14_image", "clip_similarity_vitl14", "language", "word_count", "text_length")
+    centroids = _centroids(job)
+    wanted = set((np.load(tmp_path / "in1k.npy").astype(np.float64) @ centroids.T).argmax(axis=1).tolist())
+    assert 2 < len(wanted) < 30
+    image_based = {
+        row["key"] for row in rows
+        if row["status"] == "ok" and row["clip_vitl14_image"] is not None
+        and int((centroids @ np.array(row["clip_vitl14_image"], np.float64)).argmax()) in wanted
+        and row["language"] == "en" and row["word_count"] > 1 and row["text_length"] > 5
+    }  # fmt: skip
+    released = _released(job)
+    assert released["image_based"] == image_based
+    assert len(image_based) > 30
+    scores = {row["key"]: row["clip_similarity_vitl14"] for row in rows}
+    assert released["datacomp_1b"] == {key for key in image_based if scores[key] is not None and scores[key] >= 0.243}
+
+
+def test_metaclip(pool: Pool, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Guards against balance over rows that safety or language dropped, and against captions kept without an entry."""
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "metadata.json").write_text(json.dumps(ENTRIES))
+    job = _run("metaclip", pool, tmp_path / "run", balance={"t": 20})
+    rows = _rows(
+        job, "status", "text", "language", "punsafe", "image_phash", "width", "height", "matches", "is_balanced"
+    )
+    fresh = _first_copies(rows, "image_phash")
+    some = [
+        row for row in rows
+        if row["status"] == "ok" and row["language"] == "en" and row["punsafe"] <= 0.1 and row["key"] in fresh
+    ]  # fmt: skip
+    spaced = [" " + (row["text"] or "") + " " for row in some]
+    for mark in ",.;:?!`":
+        spaced = [text.replace(mark, f" {mark} ") for text in spaced]
+    pairs = np.array(
+        [(at, e) for at, text in enumerate(spaced) for e, entry in enumerate(ENTRIES) if f" {entry} " in text]
+    )
+    counts = Counter(pairs[:, 1].tolist())
+    p = np.array([20 / max(counts[e], 20) for e in range(len(ENTRIES))])
+    drawn = kept(pairs, p, key_numbers([row["key"] for row in some]), 0)
+    assert max(counts.values()) > 40
+    assert _released(job) == {"metaclip": {row["key"] for row, one in zip(some, drawn, strict=True) if one}}
+    assert 30 < drawn.sum() < len({at for at, _ in pairs.tolist()})
+    matches = Counter(pairs[:, 0].tolist())
+    expected = {row["key"]: matches[at] for at, row in enumerate(some)}
+    assert all(row["matches"] == expected.get(row["key"]) for row in rows)
+
+
+def test_mode(pool: Pool, tmp_path: Path) -> None:
+    """Guards against experts that train on one another's captions, and captions of no expert."""
+    job = _run("mode", pool, tmp_path / "run", experts={"fine": 16, "sample": 400})
+    rows = _rows(job, "status", "clip_vitl14_text", "expert")
+    held = get_arrays(job.store, f"_experts/{job.tables['experts'].fingerprint}/experts.npz")
+    released = _released(job)
+    expected: dict[str, set[str]] = {f"expert{number}": set() for number in range(4)}
+    for row in rows:
+        if row["status"] == "ok" and row["clip_vitl14_text"] is not None:
+            vector = _unit(np.array(row["clip_vitl14_text"], np.float64))
+            cell = int(np.linalg.norm(held["fine"] - vector, axis=1).argmin())
+            expected[f"expert{held['expert_of_fine'][cell]}"].add(row["key"])
+    assert released == expected
+    assert all(expected.values())
+
+
+def test_second_run_does_nothing(pool: Pool, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Guards against steps that retrieve, balance or emit again what is there."""
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "metadata.json").write_text(json.dumps(ENTRIES))
+    sets = [{"name": "own", "how": "sample", "where": "id % 50 = 0", "k": 2}]
+    for _ in range(2):
+        job = _run("lvd142m", pool, tmp_path / "run", cells={"count": 5}, retrieve={"sets": sets})
+    assert {record.name: record.todo for record in job.records} == {record.name: 0 for record in job.records}
+    for _ in range(2):
+        job = _run("metaclip", pool, tmp_path / "run", balance={"t": 20})
+    assert {record.name: record.todo for record in job.records} == {record.name: 0 for record in job.records}
