@@ -1,0 +1,146 @@
+"""The rules of `configs/`, written down a second time, in Python: what test_recipes.py compares each row with.
+
+From RECIPES' text, not from the YAML; null is None, and a clause that cannot be answered gives None, as SQL does.
+"""
+
+import re
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+Row = dict[str, Any]
+Truth = bool | None
+
+
+@dataclass(frozen=True)
+class Expected:
+    """A recipe's rules, written a second time: subset to its clauses in order, and what holds for the whole recipe."""
+
+    subsets: Mapping[str, Sequence[Callable[[Row], Truth]]]
+    top: Mapping[str, tuple[str, float]] = field(default_factory=dict)  # subset: (column, fraction)
+    same: Callable[[Row], Any] | None = None  # equal values are copies, None is none
+    best: Callable[[Row], Any] = lambda row: (-row["width"] * row["height"], row["key"])  # the least of a group stays
+    least_side: int = 0
+    ratio: float = float("inf")
+    clip: bool = False
+    untouched: Mapping[str, set[int]] = field(default_factory=dict)  # clauses that no row of the site comes to fail
+
+
+def over(name: str, limit: float) -> Callable[[Row], Truth]:
+    """column >= limit."""
+    return lambda row: None if row[name] is None else row[name] >= limit
+
+
+def under(name: str, limit: float) -> Callable[[Row], Truth]:
+    """column <= limit."""
+    return lambda row: None if row[name] is None else row[name] <= limit
+
+
+def _is_english(row: Row) -> Truth:
+    return None if row["language"] is None else row["language"] == "en"
+
+
+def _fresh(row: Row) -> Truth:
+    return not row["copy"]
+
+
+def _sure(row: Row) -> Truth:
+    return None if row["language_confidence"] is None else row["language_confidence"] >= 0.5
+
+
+def _good_coyo_image(row: Row) -> bool:
+    scores = (row["nsfw_score_opennsfw2"], row["nsfw_score_gantman"])
+    return row["bytes"] >= 5000 and all(score is not None and score <= 0.5 for score in scores)
+
+
+def _harmless(row: Row) -> Truth:
+    """Re-LAION research: not (unsafe and a listed word); false and null is false, as in SQL."""
+    listed = {"kid", "teenager"} & set(re.findall(r"[a-z]+", (row["text"] or "").lower()))
+    if row["punsafe"] is None:
+        return None if listed else True
+    return not (row["punsafe"] > 0.95 and listed)
+
+
+def _second(row: Row, names: Sequence[str]) -> float:
+    return float(sorted(row[f"p_{name}"] for name in names)[-2])
+
+
+def _most(row: Row, names: Sequence[str]) -> float:
+    return float(max(row[f"p_{name}"] for name in names))
+
+
+def _unlikely(row: Row) -> bool:
+    safe = ("neutral", "selfie", "drawing", "clothes", "advertisement", "news")
+    return _second(row, safe) > _most(row, ("porn", "nude", "hentai"))
+
+
+def _kept_by_laion400m(row: Row) -> bool:
+    if _unlikely(row):
+        return True
+    grown = _second(row, ("adult", "man_woman", "aged")) > _most(row, ("teen", "child", "baby"))
+    lifeless = _second(row, ("thing", "house", "plant", "human")) > _most(row, ("animal", "bird", "pet"))
+    return not any(word in row["text"].lower() for word in ("teen", "kid", "child", "baby")) and grown and lifeless
+
+
+_LAION = (over("length", 5), over("bytes", 5000))
+_SAFE = under("punsafe", 0.1)
+EXPECTED: dict[str, Expected] = {
+    "coyo700m": Expected(
+        {"coyo": [
+            over("bytes", 5000), under("nsfw_score_opennsfw2", 0.5), under("nsfw_score_gantman", 0.5), _is_english,
+            over("length", 6), lambda row: row["has_content_word"], over("words", 3), under("words", 256),
+            under("length", 1000), under("count", 10), under("profanity", 0), _fresh,
+        ]},
+        same=lambda row: (row["phash"], row["collapsed"]), least_side=200, ratio=3.0,
+        best=lambda row: (not _good_coyo_image(row), -row["w"] * row["h"], row["key"]),
+    ),
+    "laion2b": Expected({
+        "en": [*_LAION, _is_english, _sure, over("clip_similarity_vitb32", 0.28)],
+        "multi": [*_LAION, lambda row: None if row["language"] is None else row["language"] != "en", _sure,
+                  over("clip_similarity_multilingual", 0.26)],
+        "nolang": [*_LAION, lambda row: (row["language_confidence"] or 0) < 0.5,
+                   over("clip_similarity_multilingual", 0.26)],
+    }),
+    "laion400m": Expected({
+        "laion400m": [*_LAION, over("clip_similarity_vitb32", 0.3), _kept_by_laion400m],
+        "unlikely": [*_LAION, over("clip_similarity_vitb32", 0.3), _unlikely],
+    }, clip=True),
+    "laion_aesthetics": Expected({
+        "aesthetic_v1": [
+            lambda row: None if row["aesthetic_score_laion_v1"] is None else row["aesthetic_score_laion_v1"] > 7,
+            under("watermark_score", 0.8), under("punsafe", 0.5),  # never equal to the limit here
+        ],
+        "art": [lambda row: None if row["aesthetic_score_laion_v1"] is None else row["aesthetic_score_laion_v1"] > 8],
+        **{f"v2_{limit}": [over("aesthetic_score_laion_v2", limit / 100)] for limit in (450, 475, 500, 600, 625, 650)},
+        "high_resolution": [over("w", 1024), over("h", 1024)],
+    }),
+    "laion_a": Expected(
+        {"laion_a": [over("aesthetic_score_laion_v2", 4.5), _fresh]}, same=lambda row: row["phash"],
+        best=lambda row: (-(row["aesthetic_score_laion_v2"] or -9), -row["w"] * row["h"], row["key"]),
+    ),
+    "relaion": Expected({"research": [_harmless], "research_safe": [under("punsafe", 0.45)]}),
+    "datacomp": Expected({
+        "pool": [_SAFE],
+        "basic": [_SAFE, _is_english, over("words", 3), over("length", 6), lambda row: min(row["w"], row["h"]) >= 200,
+                  lambda row: max(row["w"], row["h"]) / min(row["w"], row["h"]) <= 3.0],
+        "clip_l14_30": [_SAFE], "clip_b32_30": [_SAFE],
+        "laion2b": [_SAFE, over("clip_similarity_vitb32", 0.28), _is_english],
+    }, top={"clip_l14_30": ("clip_similarity_vitl14", 0.3), "clip_b32_30": ("clip_similarity_vitb32", 0.3)}),
+    "tmars": Expected({"tmars": [_SAFE]}, top={"tmars": ("clip_similarity_text_masked", 0.5)}),
+    "align": Expected({"align": [
+        lambda row: max(row["w"], row["h"]) < 3 * min(row["w"], row["h"]), under("punsafe", 0.5), under("count", 10),
+        over("words", 3), under("words", 20),
+    ]}, least_side=201, ratio=3.0),
+    "dfn": Expected({"dfn": []}, top={"dfn": ("clip_similarity_dfn", 0.15)}),
+    "webssl": Expected({
+        "light": [_fresh, over("p_yes_webssl_light", 0.5)], "heavy": [_fresh, over("p_yes_webssl_heavy", 0.5)],
+        "light_share": [_fresh], "heavy_share": [_fresh],
+    }, top={"light_share": ("p_yes_webssl_light", 0.503), "heavy_share": ("p_yes_webssl_heavy", 0.013)},
+        same=lambda row: row["digest"]),
+    "webssl_density": Expected({
+        "light": [_fresh, over("text_density", 0.03)], "heavy": [_fresh, over("text_density", 0.4)],
+        "light_share": [_fresh], "heavy_share": [_fresh],
+    }, top={"light_share": ("text_density", 0.503), "heavy_share": ("text_density", 0.013)},
+        same=lambda row: row["digest"]),
+    "metadata_only": Expected({}),
+}  # fmt: skip
