@@ -15,7 +15,7 @@ import duckdb
 import pyarrow as pa
 
 from curate.errors import PlanError, StoreError
-from curate.schema import KEY, TableSpec
+from curate.schema import KEY, Shard, TableSpec, pool_digest
 from curate.store import Store
 
 SAMPLES = "samples"
@@ -34,6 +34,11 @@ class Column:
     def type(self) -> pa.DataType:
         """Arrow type."""
         return self.table.schema.field(self.column).type
+
+
+def clauses_path(member: TableSpec, shards: Sequence[Shard]) -> str:
+    """Where it stands how often each clause of a subset is true, false and unknown in these shards."""
+    return f"_clauses/{member.fingerprint}-{pool_digest(shards)}.json"
 
 
 def columns_of(tables: Sequence[TableSpec]) -> dict[str, Column]:

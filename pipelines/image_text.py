@@ -12,6 +12,7 @@ from curate.ingest.features import adopt_features_stage
 from curate.ingest.step import ingest_step
 from curate.score.stage import score_stages
 from curate.score.text_count import text_count_steps
+from curate.score.weight_facts import weights_behind
 from curate.select.step import select_stage, threshold_step
 
 
@@ -52,4 +53,5 @@ def run(job: Job) -> None:
 
     # And what trainers read.
     subsets = dict(zip(recipe.subsets, members.tables, strict=True))
-    job.across(emit_step(recipe.emit, recipe, tables, subsets, job.shards, resolved, job.set_aside))
+    weights = weights_behind(tables)
+    job.across(emit_step(recipe.emit, recipe, tables, subsets, job.shards, resolved, job.set_aside, weights))

@@ -41,7 +41,7 @@ sample with URL, caption, all scores and the place of its image. Samples are shu
 |---|---|---|
 {tables}
 
-## Known limits
+{weights}## Known limits
 - Images and captions come from the open web; scores are models' opinions. Null scores are never selected.
 - Rows whose image could not be fetched are not here; which ones can be had differs from day to day.
 {limits}
@@ -72,6 +72,7 @@ def card(release: Mapping[str, Any], features: Sequence[Mapping[str, Any]] | Non
             f"| {name} | {facts['fingerprint']} | `{_cell(json.dumps(facts['settings'], sort_keys=True))}` |"
             for name, facts in release["tables"].items()
         ),
+        weights=_weights(release.get("weights") or []),
         limits=(limits if aside else "") + (taken if "predecessor" in release else ""),
         contact=(recipe.get("fetch") or {}).get("contact") or "whoever gave you this release",
     )
@@ -110,7 +111,23 @@ def _funnel(name: str, facts: Mapping[str, Any], rows: int) -> str:
     lines = [f"**{name}**: {rows:,} rows, {facts['samples']:,} chosen; refused first by", ""]
     refused = sorted(facts["refused"].items(), key=lambda item: (-item[1], item[0]))
     lines += [f"- {_cell(reason)}: {count:,}" for reason, count in refused]
+    if facts.get("clauses"):
+        lines += ["", "Each clause on its own, among rows with an image:", ""]
+        lines += [
+            f"- `{_cell(one['clause'])}`: true {one['true']:,}, false {one['false']:,}, unknown {one['unknown']:,}"
+            for one in facts["clauses"]
+        ]
     return "\n".join([*lines, ""])
+
+
+def _weights(weights: Sequence[Mapping[str, Any]]) -> str:
+    if not weights:
+        return ""
+    rows = [
+        f"| {one['table']} | {one['name'] or 'a file of their own'} | {one['licence'] or 'unknown'} | {one['sha256']} |"
+        for one in weights
+    ]
+    return "\n".join(["## Models", "| table | model | licence | sha256 |", "|---|---|---|---|", *rows, "", ""])
 
 
 def _load(name: str, facts: Mapping[str, Any]) -> str:

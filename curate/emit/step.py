@@ -31,7 +31,7 @@ from curate.emit.shuffle import Group, deal, group
 from curate.emit.verify import NOTE, RELEASES, WITHDRAWN
 from curate.errors import PlanError
 from curate.metrics import Ticker
-from curate.rows import SAMPLES
+from curate.rows import SAMPLES, clauses_path
 from curate.schema import Shard, TableSpec, fingerprint, inputs_of, pool_digest
 from curate.stage import CrossStep, Map
 from curate.store import Store
@@ -54,7 +54,9 @@ class EmitStep(CrossStep):
         shards: Sequence[Shard],
         thresholds: Mapping[str, float],
         set_aside: Mapping[str, str],
+        weights: Sequence[Mapping[str, Any]] = (),
     ) -> None:
+        self._weights = list(weights)
         self._settings, self._recipe, self._members = settings, recipe, dict(members)
         self._thresholds, self._set_aside = dict(thresholds), dict(set_aside)
         self._facts = facts_of(tables, settings.columns, settings.features)
@@ -166,9 +168,11 @@ class EmitStep(CrossStep):
                 name: subset_note(
                     self._recipe, spec, self._thresholds.get(name), picked[name], groups[name], notes[name]
                 )
+                | {"clauses": store.get_json(clauses_path(spec, shards)) or []}
                 for name, spec in self._members.items()
             },
         )  # fmt: skip
+        release["weights"] = self._weights
         readme = card(release, card_features(self._facts, self._settings.image_names)).encode()
         store.put_bytes(f"{target}/README.md", readme)
         digest, rows = _concatenate(build, notes)
@@ -219,8 +223,11 @@ def emit_step(
     shards: Sequence[Shard],
     thresholds: Mapping[str, float],
     extra: Mapping[str, str],
+    weights: Sequence[Mapping[str, Any]] = (),
 ) -> EmitStep:
     """The step that publishes a release. `extra` names the shards that were set aside, with the cause.
+
+    `weights` are the model files behind the tables, {table, name, sha256, licence, source} each.
 
     Raises PlanError for a column that no table has, or where no table says where images lie.
     """
@@ -228,7 +235,7 @@ def emit_step(
         raise PlanError(
             "emit: the recipe has no subsets; write `subsets: {all: {}}` to emit every sample with an image"
         )
-    return EmitStep(settings, recipe, tables, member_specs, shards, thresholds, extra)
+    return EmitStep(settings, recipe, tables, member_specs, shards, thresholds, extra, weights)
 
 
 def latest_release(store: Store) -> str | None:

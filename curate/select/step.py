@@ -1,6 +1,7 @@
 """Subsets as steps of a run: fractions become numbers, and every row learns whether it is a member, and why not.
 
     _thresholds/<fingerprint of member_<subset>>.json    the number of a subset's keep_top
+    _clauses/<fingerprint>-<pool>.json                   how often each of its clauses is true, false, unknown
     member_<subset>                                      key, member, reason (null for members)
 
 Thresholds stand in the recipe and the release and nowhere else: a new one makes new member tables, and no scorer runs.
@@ -13,12 +14,13 @@ from dataclasses import dataclass
 from functools import partial
 
 import pyarrow as pa
+import pyarrow.compute as pc
 
 from curate.config import SubsetSettings
 from curate.metrics import Ticker
 from curate.removed import Tombstones, tombstones_of
-from curate.rows import SAMPLES, Column, read_rows
-from curate.schema import Shard, TableSpec
+from curate.rows import SAMPLES, Column, clauses_path, read_rows
+from curate.schema import OK, Shard, TableSpec
 from curate.select.rules import MEMBER, REASON, SubsetRule, decide, eligible_scores, judge, mark_removed, subset_rules
 from curate.select.top import Part, Search, look, merge, resolve
 from curate.stage import CrossStep, Map, Read, Stage, Task
@@ -28,16 +30,21 @@ SHARDS_PER_LOOK = 16  # one task's share of a pass: long enough to hide a task's
 
 
 class ThresholdStep(CrossStep):
-    """Resolves every `keep_top.fraction` to a number over the whole pool. Writes no table."""
+    """Resolves every `keep_top.fraction` to a number and counts what each clause says, over the whole pool.
+
+    Writes no table. Clauses are counted each on its own, whatever the others say, over rows whose image is ok.
+    """
 
     name = "thresholds"
 
     def __init__(self, rules: Sequence[SubsetRule]) -> None:
         self._rules = [rule for rule in rules if rule.fraction is not None]
+        self._counted = [rule for rule in rules if rule.where]
 
     def done(self, store: Store, shards: Sequence[Shard]) -> bool:
-        """Whether every fraction has its number."""
-        return all(store.exists(rule.threshold_path) for rule in self._rules)
+        """Whether every fraction has its number, and every clause its counts."""
+        counted = all(store.exists(clauses_path(rule.spec, shards)) for rule in self._counted)
+        return counted and all(store.exists(rule.threshold_path) for rule in self._rules)
 
     def run(self, store: Store, shards: Sequence[Shard], map_items: Map, ticker: Ticker) -> Mapping[str, int]:
         """At most four passes over the columns that the fractions depend on; counts the passes."""
@@ -66,8 +73,23 @@ class ThresholdStep(CrossStep):
                 rule.threshold_path,
                 {"subset": name, "by": rule.score.sql, "fraction": rule.fraction, "threshold": threshold},
             )
+        self._count(store, shards, map_items, removed)
         ticker.advance(max(1, len(shards)))
         return passes
+
+    def _count(self, store: Store, shards: Sequence[Shard], map_items: Map, removed: Tombstones) -> None:
+        todo = [rule for rule in self._counted if not store.exists(clauses_path(rule.spec, shards))]
+        names = [shard.name for shard in shards]
+        groups = [names[at : at + SHARDS_PER_LOOK] for at in range(0, len(names), SHARDS_PER_LOOK)]
+        found: Counter[tuple[str, int, str]] = Counter()
+        for counts in map_items(partial(_clauses_in, store, todo, removed), groups if todo else []):
+            found.update(counts)
+        for rule in todo:
+            note = [
+                {"clause": clause.sql} | {word: found[rule.name, place, word] for word in ("true", "false", "unknown")}
+                for place, clause in enumerate(rule.where)
+            ]
+            store.put_json(clauses_path(rule.spec, shards), note)
 
     def values(self, store: Store) -> dict[str, float] | None:
         """Subset to threshold; infinity where no row was eligible. None until all are resolved."""
@@ -202,6 +224,24 @@ def explain_row(
         score = judged.score[0].as_py() if judged.score is not None else None
         verdicts.append(Verdict(rule.name, member[0].as_py(), reason[0].as_py(), values, score, threshold))
     return verdicts
+
+
+def _clauses_in(
+    store: Store, rules: Sequence[SubsetRule], removed: Tombstones, shards: Sequence[str]
+) -> Counter[tuple[str, int, str]]:
+    """How often each clause (subset, place) is true, false and unknown among the rows of these shards that are ok."""
+    found: Counter[tuple[str, int, str]] = Counter()
+    for shard in shards:
+        for rule in rules:
+            judged = judge(rule, _rows(store, rule, removed, shard))
+            status = judged.status
+            for place, values in enumerate(judged.clauses):
+                kept = values if status is None else values.filter(pc.fill_null(pc.equal(status, OK), False))
+                true = pc.sum(kept).as_py() or 0
+                found[rule.name, place, "true"] += true
+                found[rule.name, place, "false"] += len(kept) - kept.null_count - true
+                found[rule.name, place, "unknown"] += kept.null_count
+    return found
 
 
 def _look(

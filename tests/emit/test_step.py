@@ -12,12 +12,12 @@ import fsspec
 import pyarrow.parquet as pq
 import pytest
 
-from curate.emit.step import latest_release
+from curate.emit.step import emit_step, latest_release
 from curate.emit.verify import verify_release
 from curate.errors import PlanError, ReleaseError
 from curate.schema import Shard
 from curate.store import Store
-from tests.emit.pool import TABLES, emitter, make_pool, recipe_with, run, shuffled_map
+from tests.emit.pool import TABLES, emitter, make_pool, recipe_with, run, selected, shuffled_map
 
 SUBSETS = {"good": {"where": "score > 0.2"}, "best": {"keep_top": {"by": "score", "fraction": 0.3}}}
 
@@ -263,3 +263,26 @@ def test_verify_finds_damage(tmp_path: Path, damage: str) -> None:
         words = "never finished"
     with pytest.raises(ReleaseError, match=words):
         verify_release(str(tmp_path), name)
+
+
+def test_a_release_counts_every_clause_on_its_own_and_names_its_models(tmp_path: Path) -> None:
+    """Guards against counts by first refusal alone, which hide what a later clause refuses, and unnamed licences."""
+    store, shards = _pool(tmp_path)
+    recipe = recipe_with({"good": {"where": "score > 0.2 AND word_count >= 3"}})
+    weights = [{"table": "scores_toy", "name": "toy", "sha256": "ab" * 32, "licence": "MIT", "source": "x"}]
+    members, thresholds = selected(store, shards, recipe)
+    step = emit_step(recipe.emit, recipe, TABLES, members, shards, thresholds, {}, weights)
+    run(step, store, shards)
+    folder = f"releases/{latest_release(store)}"
+    release = store.get_json(f"{folder}/release.json")
+    rows = [row for row in _rows(store, shards) if row["status"] == "ok"]
+    scores = [row["score"] for row in rows]
+    assert release["subsets"]["good"]["clauses"] == [
+        {"clause": "score > 0.2", "true": sum(s is not None and s > 0.2 for s in scores),
+         "false": sum(s is not None and s <= 0.2 for s in scores), "unknown": scores.count(None)},
+        {"clause": "word_count >= 3", "true": sum(row["word_count"] >= 3 for row in rows),
+         "false": sum(row["word_count"] < 3 for row in rows), "unknown": 0},
+    ]  # fmt: skip
+    assert release["weights"] == weights
+    text = store.get_bytes(f"{folder}/README.md").decode()
+    assert "| scores_toy | toy | MIT |" in text and "unknown 0" in text
