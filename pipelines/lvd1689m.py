@@ -36,7 +36,7 @@ def run(job: Job) -> None:
 
     # Copies, before they make clusters of their own.
     if recipe.dedup:
-        duplicates = dedup_step(recipe.dedup, tables, job.shards)
+        duplicates = dedup_step(recipe.dedup, tables, job.shards, store)
         job.across(duplicates)
         tables += duplicates.tables
 

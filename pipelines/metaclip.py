@@ -34,7 +34,7 @@ def run(job: Job) -> None:
 
     # Copies of images.
     if recipe.dedup:
-        duplicates = dedup_step(recipe.dedup, tables, job.shards)
+        duplicates = dedup_step(recipe.dedup, tables, job.shards, store)
         job.across(duplicates)
         tables += duplicates.tables
 

@@ -128,9 +128,10 @@ class RetrieveStep(CrossStep):
         clustered = by_cells.retrieve(work, met, shards, map_items)
         counts, spread = gather.write_all(work, self._spec, shards, map_items, ticker)
         table = gather.table_of(work, met, sampled, clustered, counts, spread)
-        store.put_json(self._table, table)
+        if not store.exists(self._table):  # another run at this root may have ended, and swept away what we counted
+            store.put_json(self._table, table)
         store.remove_tree(work.work)
-        return {f"retrieved by {line['set']}": line["final"] for line in table["sets"]}
+        return {f"retrieved by {line['set']}": line["final"] for line in table["sets"] if line["final"]}
 
 
 def retrieve_step(settings: RetrieveSettings, cells: CellsStep) -> RetrieveStep:

@@ -43,6 +43,8 @@ SCORE = {
 FETCH = {"allow_networks": ["127.0.0.1/32"], "timeout_s": 3, "retries": 0, "image_size": 128, "min_image_size": 32}
 ENTRIES = ["red", "blue", "circle", "square", "a red", "house", "tree", "on", "white", "unheard of", "with", "two"]
 
+SAME, SAME_AS_REFERENCE = 0.97, 0.95  # cosine; in the place of SSCD's 0.6 and 0.45
+
 Row = dict[str, Any]
 
 
@@ -97,9 +99,8 @@ def _run(name: str, pool: Pool, root: Path, driver: Driver | None = None, **sect
     text = (CONFIGS / f"{name}.yaml").read_text().replace("dinov2_image", "clip_vitl14_image")
     tree = yaml.safe_load(text)
     tree |= {"root": str(root), "ingest": _ingest(pool.table), "fetch": FETCH, "score": SCORE}
-    tree["dedup"] = [rule for rule in tree.get("dedup", []) if "embedding" not in rule["by"]]
     for section, keys in sections.items():
-        tree[section] = keys if section == "subsets" else tree[section] | keys
+        tree[section] = keys if section in ("subsets", "dedup") else tree[section] | keys
     job = Job(parse_recipe(tree), driver=lambda: driver or InlineDriver())
     PIPELINES[name].run(job)
     job.note()
@@ -134,6 +135,29 @@ def _first_copies(rows: list[Row], by: str) -> set[str]:
             if (-row["width"] * row["height"], row["key"]) < (-held["width"] * held["height"], held["key"]):
                 best[row[by]] = row
     return {row["key"] for row in best.values()} | {row["key"] for row in rows if row[by] is None}
+
+
+def _components(near: np.ndarray) -> np.ndarray:
+    """A number for each row of a symmetric bool[n, n]: the smallest row that it is connected with."""
+    group = np.arange(len(near))
+    while True:
+        least = np.where(near | np.eye(len(near), dtype=bool), group[None, :], len(near)).min(axis=1)
+        if (least == group).all():
+            return group
+        group = least
+
+
+def _without_near(rows: list[Row], kept: set[str], references: np.ndarray) -> set[str]:
+    """DINOv2's App. A.3: one of each component stays, then no component with a reference."""
+    some = [row for row in rows if row["status"] == "ok" and row["key"] in kept and row["clip_vitl14_image"]]
+    some.sort(key=lambda row: (-row["width"] * row["height"], row["key"]))  # the first of a component is its least row
+    vectors = _unit(np.array([row["clip_vitl14_image"] for row in some], np.float64))
+    first = _components(vectors @ vectors.T > SAME) == np.arange(len(some))
+    some, vectors = [row for row, one in zip(some, first, strict=True) if one], vectors[first]
+    group = _components(vectors @ vectors.T > SAME_AS_REFERENCE)
+    hit = (vectors @ _unit(references).T > SAME_AS_REFERENCE).any(axis=1)
+    gone = set(group[hit].tolist())
+    return {row["key"] for row, one in zip(some, group.tolist(), strict=True) if one not in gone}
 
 
 def _seeds(pool: Pool, folder: Path, names: list[str]) -> dict[str, np.ndarray]:
@@ -178,11 +202,21 @@ def test_lvd142m(pool: Pool, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, ca
     seeds = _seeds(pool, tmp_path, [one["name"] for one in sets if one["how"] != "as_is"])
     small = {"sample": {"nprobe": 6, "k": 2}, "cluster": {"per_cell": 6, "cap": 20}, "as_is": {}}
     smaller = [one | small[one["how"]] for one in sets]
-    job = _run("lvd142m", pool, tmp_path / "run", cells={"count": 6}, retrieve={"sets": smaller})
+    dedup = yaml.safe_load((CONFIGS / "lvd142m.yaml").read_text())["dedup"]
+    dedup[1] |= {
+        "by": "embedding_clip_vitl14",
+        "threshold": SAME,
+    }  # the tiny CLIP knows little: most drawings are alike
+    dedup[1]["against"][0]["threshold"] = SAME_AS_REFERENCE
+    references = np.array([pool.vectors[at] for at in sorted(pool.vectors)[5::60]])
+    lists = pa.array(references.tolist(), pa.list_(pa.float32()))
+    pq.write_table(pa.table({"v": lists}), tmp_path / "seeds" / "evaluation_sscd.parquet")
+    job = _run("lvd142m", pool, tmp_path / "run", dedup=dedup, cells={"count": 6}, retrieve={"sets": smaller})
     names = ("id", "status", "dataset", "width", "height", "image_phash", "nsfw_score_opennsfw2",
              "clip_vitl14_image", "retrieved_by", "retrieved_count")  # fmt: skip
     rows = _rows(job, *names)
-    fresh = _first_copies(rows, "image_phash")
+    fresh = _without_near(rows, _first_copies(rows, "image_phash"), references)
+    assert 150 < len(fresh) < len(_first_copies(rows, "image_phash")) - 20
     inside = np.array([
         row["clip_vitl14_image"] is not None and row["status"] == "ok" and row["dataset"] is None
         and row["key"] in fresh and row["nsfw_score_opennsfw2"] < 0.5
@@ -228,7 +262,15 @@ def test_lvd142m_on_ray_gives_the_same_release(
         {"name": "own", "how": "cluster", "where": "id % 3 = 0", "per_cell": 9, "cap": 30},
     ]
     for root, driver in (("inline", None), ("ray", ray_driver)):
-        _run("lvd142m", pool, tmp_path / root, driver, cells={"count": 5}, retrieve={"sets": sets})
+        _run(
+            "lvd142m",
+            pool,
+            tmp_path / root,
+            driver,
+            dedup=[{"by": "image_phash"}],
+            cells={"count": 5},
+            retrieve={"sets": sets},
+        )
     assert len(seeds["file"]) > 5
     assert release_of(tmp_path / "inline") == release_of(tmp_path / "ray")
 
@@ -360,7 +402,14 @@ def test_second_run_does_nothing(pool: Pool, tmp_path: Path, monkeypatch: pytest
     (tmp_path / "metadata.json").write_text(json.dumps(ENTRIES))
     sets = [{"name": "own", "how": "sample", "where": "id % 50 = 0", "k": 2}]
     for _ in range(2):
-        job = _run("lvd142m", pool, tmp_path / "run", cells={"count": 5}, retrieve={"sets": sets})
+        job = _run(
+            "lvd142m",
+            pool,
+            tmp_path / "run",
+            dedup=[{"by": "image_phash"}],
+            cells={"count": 5},
+            retrieve={"sets": sets},
+        )
     assert {record.name: record.todo for record in job.records} == {record.name: 0 for record in job.records}
     for _ in range(2):
         job = _run("metaclip", pool, tmp_path / "run", balance={"t": 20})
