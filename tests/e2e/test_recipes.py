@@ -117,7 +117,10 @@ def _picture(number: int, width: int, height: int, *, plain: bool) -> Image.Imag
 
 def _scores(draw: random.Random) -> Row:
     """Values near each threshold, and now and then none at all."""
-    near = {name: draw.choice(limits) + draw.choice([-0.2, -0.01, 0.01, 0.04]) for name, limits in AROUND.items()}
+    near = {
+        name: draw.choice(limits) + draw.choice([-0.2, -0.01, 0.01, 0.04]) + draw.uniform(-0.005, 0.005)  # few ties
+        for name, limits in AROUND.items()
+    }
     for name in ("nsfw_score_opennsfw2", "nsfw_score_gantman"):  # most pass, so that later rules have rows to refuse
         near[name] = 0.5 + draw.choice([-0.4, -0.2, -0.1, 0, 0.01])
     for name in ("aesthetic_score_laion_v1", "aesthetic_score_laion_v2"):
