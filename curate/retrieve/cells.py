@@ -16,7 +16,6 @@ import numpy.typing as npt
 import torch
 
 from curate.errors import PlanError
-from curate.vectors import UInt64, hashed
 
 Float32 = npt.NDArray[np.float32]
 Float64 = npt.NDArray[np.float64]
@@ -46,34 +45,6 @@ class Cells:
             raise PlanError("cells: centroids must be a finite, non-empty float32 matrix")
         if self.metric not in ("cosine", "l2", "ip"):
             raise PlanError(f"cells: metric is {self.metric!r}; expected 'cosine', 'l2' or 'ip'")
-
-
-def sample(blocks: Iterable[tuple[UInt64, npt.NDArray[Any]]], size: int, seed: int) -> npt.NDArray[Any]:
-    """At most `size` usable vectors drawn from blocks (keys uint64[n], vectors [n, d]), by hash of (seed, key).
-
-    The same rows whatever the blocks; in the order of their hashes. Memory: about twice the sample.
-    """
-    kept: list[npt.NDArray[Any]] = []
-    marks: list[UInt64] = []
-    held = 0
-    for keys, vectors in blocks:
-        good = usable(vectors)
-        marks.append(hashed(keys[good], seed))
-        kept.append(vectors[good])
-        held += len(kept[-1])
-        if held > 2 * size:
-            kept, marks = _first(kept, marks, size)
-            held = size
-    if not kept:
-        raise PlanError("cells: no vectors to draw a sample from")
-    drawn: npt.NDArray[Any] = _first(kept, marks, size)[0][0]
-    return drawn
-
-
-def _first(kept: list[Any], marks: list[UInt64], size: int) -> tuple[list[Any], list[UInt64]]:
-    mark = np.concatenate(marks)
-    order = np.argsort(mark, kind="stable")[:size]
-    return [np.concatenate(kept)[order]], [mark[order]]
 
 
 def usable(vectors: npt.NDArray[Any]) -> npt.NDArray[np.bool_]:

@@ -5,7 +5,7 @@ import pytest
 
 from curate.errors import PlanError
 from curate.retrieve import cells as kernels
-from curate.retrieve.cells import Cells, assign, nearest, plus_plus, sample, statistics, train, usable
+from curate.retrieve.cells import Cells, assign, nearest, plus_plus, statistics, train
 
 RNG = np.random.default_rng(0)
 CENTRES = RNG.standard_normal((50, 24))
@@ -99,16 +99,6 @@ def test_plus_plus_spreads_and_survives_copies() -> None:
     assert len(np.unique(rows)) == 10 and len(np.unique(points[rows[:3]], axis=0)) == 3
 
 
-def test_the_sample_does_not_depend_on_blocks() -> None:
-    """Guards the first step of determinism: another block size must not train other cells."""
-    keys = RNG.integers(0, 2**63, 4000).astype(np.uint64)
-    whole = sample([(keys, POINTS)], 100, seed=3)
-    parts = sample(((keys[s : s + 37], POINTS[s : s + 37]) for s in range(0, 4000, 37)), 100, seed=3)
-    assert np.array_equal(whole, parts) and usable(whole).all() and len(whole) == 100
-    assert not np.array_equal(whole, sample([(keys, POINTS)], 100, seed=4))
-    assert len(sample([(keys, POINTS)], 9999, seed=3)) == 3997
-
-
 def test_too_few_points_and_foreign_settings_are_refused() -> None:
     """Guards against FAISS's own failure deep in a worker."""
     with pytest.raises(PlanError, match="lower the number of cells"):
@@ -117,8 +107,6 @@ def test_too_few_points_and_foreign_settings_are_refused() -> None:
         train(POINTS, 5, init="best")  # type: ignore[arg-type]
     with pytest.raises(PlanError, match="finite"):
         Cells(np.full((2, 2), np.nan, np.float32))
-    with pytest.raises(PlanError, match="no vectors"):
-        sample([], 3, seed=0)
 
 
 def test_statistics_are_those_of_the_members() -> None:

@@ -82,6 +82,21 @@ def test_cells_are_the_nearest_centroids(tmp_path: Path) -> None:
     assert step.done(store, shards)
 
 
+def test_the_sample_is_drawn_by_keys_alone(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Guards the first step of determinism: other chunks or another order must not train other cells."""
+    store = Store(str(tmp_path))
+    shards, rows = build(store)
+    pool = curate.vectors.pool_of(store, TABLES, shards, "toy", None, "cells")
+    whole = curate.vectors.sample(pool, "w1", 100, 3, map)
+    monkeypatch.setattr(curate.vectors, "SHARDS_PER_CHUNK", 3)
+    assert np.array_equal(whole, curate.vectors.sample(pool, "w2", 100, 3, shuffled_map))
+    assert not np.array_equal(whole, curate.vectors.sample(pool, "w3", 100, 4, map))
+    there = [at for at, row in enumerate(rows) if row.vector is not None]
+    marks = hashed(key_numbers([rows[at].key for at in there]), 3)
+    assert np.array_equal(whole, np.array([rows[there[at]].vector for at in np.argsort(marks)[:100]]))
+    assert len(curate.vectors.sample(pool, "w4", 9999, 3, map)) == len(there)
+
+
 def test_condition_and_refresh_with_ready_centroids(tmp_path: Path) -> None:
     """Guards against rows that the recipe left out, and against a refresh that assigns the old pool again."""
     store = Store(str(tmp_path / "run"))
