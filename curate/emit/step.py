@@ -13,6 +13,7 @@ Releases are never changed. Two runs at once write either different folders or t
 """
 
 import hashlib
+import time
 from collections import Counter
 from collections.abc import Mapping, Sequence
 from contextlib import suppress
@@ -38,6 +39,7 @@ from curate.store import Store
 
 VERSION = 1
 LATEST = f"{RELEASES}/latest"
+DAY_S = 24 * 3600  # after which an unfinished release is taken for given up
 
 
 class EmitStep(CrossStep):
@@ -91,6 +93,7 @@ class EmitStep(CrossStep):
         if latest_release(store) != name:
             store.put_bytes(LATEST, f"{name}\n".encode())
         store.remove_tree(work)
+        _sweep(store)
         return counts
 
     def _build(self, build: Build, shards: Sequence[Shard], map_items: Map, ticker: Ticker) -> Mapping[str, int]:
@@ -244,6 +247,28 @@ def latest_release(store: Store) -> str | None:
         return store.get_bytes(LATEST).decode().strip()
     except FileNotFoundError:
         return None
+
+
+def _sweep(store: Store) -> None:
+    """Remove what killed runs of other releases left: once their release is there, or when a day went by."""
+    notes = [store.get_json(f"{RELEASES}/{name}/{NOTE}") for name in store.names(RELEASES) if name != "latest"]
+    published = {note["fingerprint"] for note in notes if note is not None}
+    for name in store.names("_work/emit"):
+        if name in published or _is_old(store, f"_work/emit/{name}"):
+            store.remove_tree(f"_work/emit/{name}")
+    for name in store.names(RELEASES):  # on an object store they grow in their place
+        whole = name == "latest" or store.exists(f"{RELEASES}/{name}/{NOTE}")
+        if not whole and _is_old(store, f"{RELEASES}/{name}"):
+            store.remove_tree(f"{RELEASES}/{name}")
+
+
+def _is_old(store: Store, folder: str) -> bool:
+    """Whether nothing in a folder was written for a day; False where the store does not tell."""
+    times = []
+    for info in store.fs.find(store.full(folder), detail=True).values():
+        found = info.get("mtime") or info.get("LastModified") or info.get("created") or time.time()
+        times.append(found if isinstance(found, float | int) else found.timestamp())
+    return bool(times) and time.time() - max(times) > DAY_S
 
 
 def _write_item(build: Build, item: tuple[Group, tuple[int, ...]]) -> list[dict[str, Any]]:

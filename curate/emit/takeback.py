@@ -94,13 +94,14 @@ def lines_of(path: str) -> list[str]:
 
 def take_back(store: Store, lists: Lists, on_progress: Callable[[str], None] = lambda _: None) -> TakenBack:
     """Remove what the lists name, and what earlier tombstones name and came since. See the module's docstring."""
+    if lists.phashes:
+        _check_phashes(store)
     _add(store, lists)
     on_progress("looking for what is meant")
     removed = tombstones_of(store)
     report = TakenBack()
     if not removed:
         return report
-    _check_phashes(store, removed)
     found = _found(store, removed)
     undone = [number for number in store.names(FOLDER) if not store.exists(f"{FOLDER}/{number}/done.json")]
     if found.keys and not undone:
@@ -121,6 +122,8 @@ def take_back(store: Store, lists: Lists, on_progress: Callable[[str], None] = l
         report.files = _erase(store, pending)
         _clear(store)
     _republish(store, every, report, on_progress)
+    if pending:
+        store.remove_tree("_work")
     for number in undone:
         store.put_json(f"{FOLDER}/{number}/done.json", {"samples": report.samples})
     return report
@@ -145,9 +148,9 @@ def _keys_in(note: object) -> Iterable[str]:
     return note if isinstance(note, list) else []
 
 
-def _check_phashes(store: Store, removed: Tombstones) -> None:
+def _check_phashes(store: Store) -> None:
     notes = [store.get_json(f"{folder}/_table.json") for folder in table_folders(store)]
-    if removed.phashes and all(note is not None and "image_phash" not in note["columns"] for note in notes):
+    if all(note is not None and "image_phash" not in note["columns"] for note in notes):
         raise PlanError("--phashes: no table here has image_phash; add `phash: {scorer: phash}` to `score:` and run")
 
 
