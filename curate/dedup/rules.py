@@ -34,6 +34,7 @@ class Rule:
 
     Attributes:
         number: place among the rules.
+        entry: place of the entry in the recipe.
         settings: the entry.
         reference: the set that rows are compared with; None for the pool's own copies.
         columns: names of the wide table.
@@ -44,6 +45,7 @@ class Rule:
     """
 
     number: int
+    entry: int
     settings: DedupSettings
     reference: ReferenceSettings | None
     columns: Mapping[str, Column]
@@ -119,7 +121,7 @@ def rules_of(settings: Sequence[DedupSettings], columns: Mapping[str, Column]) -
         references = [None, *entry.against] if entry.within else list(entry.against)
         if not references:
             raise PlanError(f"{place}.within: false leaves nothing to compare; name a set in `against`")
-        rules += [Rule(len(rules) + at, entry, one, columns, values, keep) for at, one in enumerate(references)]
+        rules += [Rule(len(rules) + at, number, entry, one, columns, values, keep) for at, one in enumerate(references)]
     return rules
 
 
@@ -128,7 +130,7 @@ def sums_of(rules: Sequence[Rule]) -> dict[str, str]:
     sums = {}
     for rule in rules:
         if rule.reference is not None:
-            place = f"dedup against {rule.reference.name}"
+            place = f"dedup.{rule.entry}.against.{rule.reference.name}"
             found = read_reference(rule.reference, place)
             column = rule.columns[rule.values[0]].type
             if rule.search == "vectors" and found.values.shape[1] != column.list_size:

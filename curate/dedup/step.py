@@ -112,8 +112,9 @@ class DedupStep(CrossStep):
                 recalls[f"{number}:{rule.kind}"] = {**vars(recall), "rate": recall.rate, "at_least": recall.lower}
                 counts[f"{rule.kind}: near pairs of {recall.rows} sampled rows"] += recall.true
                 counts[f"{rule.kind}: of these found"] += recall.found
-        if recalls:
-            store.put_json(f"{store.folder(self._spec)}/_recall.json", recalls)
+        told = f"{store.folder(self._spec)}/_recall.json"
+        if recalls and not store.exists(told):  # another run at this root may have swept away what was just counted
+            store.put_json(told, recalls)
         for count in map_items(partial(_commit, store, self._spec, self._any, rules), list(shards)):
             counts.update(count)
             ticker.advance(1)
@@ -156,7 +157,9 @@ def _decide(store: Store, rule: Rule, before: Sequence[Rule], shards: Sequence[S
     if rule.reference is not None:
         path = f"{rule.work}/reference.npz"
         if not store.exists(path):
-            keep_reference(store, path, read_reference(rule.reference, f"dedup against {rule.reference.name}"))
+            keep_reference(
+                store, path, read_reference(rule.reference, f"dedup.{rule.entry}.against.{rule.reference.name}")
+            )
         asked = set(store.names(f"{rule.work}/direct"))
         chunks = chunks_of(len(shards), max(1, min(SHARDS_PER_ASK, len(shards) // 32)))
         todo = [chunk for chunk in chunks if any(f"{pool.names[number]}.npz" not in asked for number in chunk)]

@@ -41,12 +41,15 @@ VERDICT = pa.schema([SHARD, ROW, KEPT, SIMILARITY, DIRECT])
 
 def check_ordering(rule: Rule) -> None:
     """Try the ordering on no rows. Raises PlanError."""
-    place = f"dedup: keep: {rule.settings.keep}"
+    place = f"dedup.{rule.entry}.keep: {rule.settings.keep}"
     fields = [pa.field(name, rule.columns[name].type) for name in key_columns(rule)]
     taken = {field.name.lower() for field in fields} & {name.lower() for name in _OF_COPIES.names}
     if taken:
         raise PlanError(f"{place}: columns named {', '.join(sorted(taken))} cannot be ordered by; rename them")
-    first_of_each(rule.settings.keep, pa.schema([*_OF_COPIES, *fields]).empty_table())
+    try:
+        first_of_each(rule.settings.keep, pa.schema([*_OF_COPIES, *fields]).empty_table())
+    except PlanError as error:
+        raise PlanError(f"dedup.{rule.entry}.{error}") from None
 
 
 def copies_on(store: Store, rule: Rule, before: Sequence[Rule], shard: str) -> pa.Table:

@@ -1,5 +1,6 @@
 """A small pool on disk with embeddings and hashes, and what brute force says of it."""
 
+import pickle
 import random
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
@@ -86,10 +87,10 @@ class VectorPool:
 
 
 def shuffled(function: Callable[[Any], Any], items: Sequence[Any]) -> Iterator[Any]:
-    """A map in another order."""
+    """A map in another order, by workers that get everything through a pickle."""
     order = list(items)
     random.Random(len(order)).shuffle(order)
-    return map(function, order)
+    return (pickle.loads(pickle.dumps(function))(item) for item in order)  # noqa: S301  # our own
 
 
 def cosines(vectors: Vectors) -> npt.NDArray[np.float32]:
@@ -97,4 +98,4 @@ def cosines(vectors: Vectors) -> npt.NDArray[np.float32]:
     wide = vectors.astype(np.float64)
     with np.errstate(all="ignore"):
         unit = wide / np.sqrt((wide * wide).sum(axis=1, keepdims=True))
-        return np.nan_to_num((unit @ unit.T).astype(np.float32), nan=-2)
+        return np.asarray(np.nan_to_num((unit @ unit.T).astype(np.float32), nan=-2))

@@ -65,7 +65,7 @@ def test_nearest_vector_is_that_of_brute_force(dtype: str) -> None:
     )
     vectors[7] = vectors[8] = vectors[9]
     references, vectors = references.astype(dtype), vectors.astype(dtype)
-    place, similarity = NearestVectors(references, 0.8).of(vectors)
+    place, similarity = NearestVectors(references, 0.8).of(vectors)  # type: ignore[arg-type]
     matrix = cosines(np.concatenate([vectors, references]))[:52, 52:]
     for row in range(52):
         if matrix[row].max() > np.float32(0.8):

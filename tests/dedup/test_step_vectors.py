@@ -39,7 +39,9 @@ def _cells_of_a_small_pool(monkeypatch: pytest.MonkeyPatch) -> None:
     """Cells, partitions and chunks as a large pool has them."""
     for module in (cells, near_vectors):
         monkeypatch.setattr(module, "ROWS_PER_CELL", 100)
-    monkeypatch.setattr(cells.train_cells, "__kwdefaults__", {**cells.train_cells.__kwdefaults__, "rows_per_cell": 100})
+    monkeypatch.setattr(
+        cells.train_cells, "__kwdefaults__", {**(cells.train_cells.__kwdefaults__ or {}), "rows_per_cell": 100}
+    )
     monkeypatch.setattr(near_vectors, "ONE_CELL", 0)
     monkeypatch.setattr(near_vectors, "PARTS", 5)
     monkeypatch.setattr(near_vectors, "CHUNK_BYTES", 20_000)
