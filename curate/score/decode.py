@@ -40,8 +40,16 @@ class Picture:
 
     @cached_property
     def rgb(self) -> Image.Image:
-        """Mode RGB, transparency dropped as Pillow's `convert` does."""
-        return self.image if self.image.mode == "RGB" else self.image.convert("RGB")
+        """Mode RGB, transparency over white, as fetch stores it and as pages show it.
+
+        Pillow's plain `convert` drops alpha instead, and black text on nothing becomes black on black.
+        """
+        if self.image.mode == "RGB":
+            return self.image
+        if not self.image.has_transparency_data:
+            return self.image.convert("RGB")
+        layer = self.image.convert("RGBA")
+        return Image.alpha_composite(Image.new("RGBA", layer.size, "white"), layer).convert("RGB")
 
     @cached_property
     def pixels(self) -> npt.NDArray[np.uint8]:
