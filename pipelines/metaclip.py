@@ -14,6 +14,7 @@ from curate.fetch.stage import fetch_stage
 from curate.ingest.adopt import adopt_stage
 from curate.ingest.step import ingest_step
 from curate.score.stage import score_stages
+from curate.score.weight_facts import weights_behind
 from curate.select.step import select_stage, threshold_step
 
 
@@ -50,4 +51,5 @@ def run(job: Job) -> None:
     members = select_stage(recipe.subsets, tables, job.shards, resolved)
     job.stream(members)
     subsets = dict(zip(recipe.subsets, members.tables, strict=True))
-    job.across(emit_step(recipe.emit, recipe, tables, subsets, job.shards, resolved, job.set_aside))
+    weights = weights_behind(tables)
+    job.across(emit_step(recipe.emit, recipe, tables, subsets, job.shards, resolved, job.set_aside, weights))
