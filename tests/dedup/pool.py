@@ -90,7 +90,7 @@ def shuffled(function: Callable[[Any], Any], items: Sequence[Any]) -> Iterator[A
     """A map in another order, by workers that get everything through a pickle."""
     order = list(items)
     random.Random(len(order)).shuffle(order)
-    return (pickle.loads(pickle.dumps(function))(item) for item in order)  # noqa: S301  # our own
+    return (pickle.loads(pickle.dumps(function))(item) for item in order)  # our own
 
 
 def cosines(vectors: Vectors) -> npt.NDArray[np.float32]:
