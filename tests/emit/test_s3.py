@@ -2,10 +2,15 @@
 
 from pathlib import Path
 
+import pyarrow as pa
+import pytest
+
 from curate.emit.step import latest_release
+from curate.emit.takeback import Lists, take_back
 from curate.emit.verify import verify_release
+from curate.errors import ReleaseError
 from curate.store import Store
-from tests.emit.pool import emitter, make_pool, recipe_with, run
+from tests.emit.pool import IMAGES, SCORES, emitter, make_pool, recipe_with, run
 
 
 def test_same_release_on_s3_with_few_requests(s3_bucket: str, tmp_path: Path) -> None:
@@ -27,3 +32,31 @@ def test_same_release_on_s3_with_few_requests(s3_bucket: str, tmp_path: Path) ->
     assert counts["requests"] <= 2 * len(shards)
     data = ReleaseDataset(f"{s3_bucket}/root/releases/{name}", "good")
     assert data[5][0].size == (24, 16)
+
+
+def test_take_back_on_s3(s3_bucket: str) -> None:
+    """Guards against an erasure that relies on renames, hard links or writing in place."""
+    from curate.torch import ReleaseDataset
+
+    store = Store(f"{s3_bucket}/taken")
+    shards = make_pool(store, shards=2, rows=40)
+    step = emitter(store, shards, recipe_with({"good": {"where": "score > 0.2"}}, samples_per_shard=10))
+    run(step, store, shards)
+    old = str(latest_release(store))
+    before = store.get_json(f"releases/{old}/release.json")["subsets"]["good"]
+    rows = store.read_joined([(IMAGES, None), (SCORES, ["score"])], shards[0].name).to_pylist()
+    (row, *_) = [row for row in rows if (row["score"] or 0) > 0.2]
+    (image,) = store.read_images(pa.Table.from_pylist([row]))
+    assert image is not None
+    report = take_back(store, Lists(keys=[row["key"]]))
+    assert report.samples == 1 and report.withdrawn == [old]
+    new = str(latest_release(store))
+    after = store.get_json(f"releases/{new}/release.json")["subsets"]["good"]
+    kept = {file["sha256"] for file in before["files"]} & {file["sha256"] for file in after["files"]}
+    assert len(kept) == before["tars"] - 1 and after["samples"] == before["samples"] - 1
+    assert verify_release(store.root, new).samples == after["samples"]
+    everything = [store.fs.cat_file(path) for path in store.fs.find(store.full(""))]
+    assert not any(image[-100:-20] in data for data in everything)
+    assert step.done(store, shards)
+    with pytest.raises(ReleaseError, match=f"withdrawn: .* use {new}"):
+        ReleaseDataset(store.url(f"releases/{old}"), "good")
