@@ -79,7 +79,10 @@ def read_rows(store: Store, columns: Mapping[str, Column], names: Sequence[str],
         mine = [column for column in wanted if column.table is spec]
         table = store.read(spec, shard, [KEY.name, *(column.column for column in mine)])
         if not arrays.setdefault(KEY.name, table.column(KEY.name)).equals(table.column(KEY.name)):
-            raise StoreError(f"{shard}: the keys of {spec.name} are not those of {specs[0].name} in the same order")
+            raise StoreError(
+                f"{shard}: {spec.name} and {specs[0].name} are not aligned: their keys differ; a file of one of them "
+                f"was put there by hand: delete it ({store.url(store.shard_path(spec, shard))} or the other) and run again"
+            )
         for column in mine:
             arrays[column.name] = table.column(column.column)
     return pa.table({name: arrays[name] for name in dict.fromkeys([KEY.name, *names])})

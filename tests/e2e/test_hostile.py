@@ -141,9 +141,9 @@ def test_damaged_shards_are_named_with_what_to_do(pool: Path, tmp_path: Path) ->
         assert "delete it and run again" in shown
     first.write_bytes(second.read_bytes())  # a whole file, of another shard
     code, shown = call("run", write(tmp_path / "pool", subsets={"b": {"where": "word_count > 0"}}))
-    assert code == 0  # the others go on
-    assert "set aside" in shown
+    assert code == 2  # what was tampered with is not worked around
     assert "not aligned" in shown
+    assert "delete it" in shown
     first.unlink()
     assert call("run", recipe)[0] == 0
     assert first.read_bytes() == whole
