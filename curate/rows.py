@@ -81,7 +81,7 @@ def read_rows(store: Store, columns: Mapping[str, Column], names: Sequence[str],
         if not arrays.setdefault(KEY.name, table.column(KEY.name)).equals(table.column(KEY.name)):
             raise StoreError(
                 f"{shard}: {spec.name} and {specs[0].name} are not aligned: their keys differ; a file of one of them "
-                f"was put there by hand: delete it ({store.url(store.shard_path(spec, shard))} or the other) and run again"
+                f"was put there by hand: delete it and run again ({store.url(store.shard_path(spec, shard))})"
             )
         for column in mine:
             arrays[column.name] = table.column(column.column)
