@@ -125,7 +125,7 @@ def test_new_threshold_only_selects_and_emits(web: Web, whole: Path, tmp_path: P
     curate("run", web.recipe(root, subsets={"pairs": {"where": "NOT is_duplicate AND clip_similarity_demo > 0.7"}}))
     after = tree_of(root)
     new = {path.split("/", maxsplit=1)[0] for path in set(after) - set(before)}
-    assert new == {"member_pairs", "releases"}
+    assert new == {"member_pairs", "_clauses", "releases"}  # the new subset, its counts, the new release
     assert web.server.hits.total() == requests
     assert len(list((root / "releases").glob("0*"))) == 2
 
