@@ -1,6 +1,7 @@
 """More than three hundred broken or hostile files through the decoding processes, and processes that die."""
 
 import asyncio
+import contextlib
 import io
 import random
 import struct
@@ -169,6 +170,16 @@ def mutants() -> Files:
     return files
 
 
+def decoders() -> list[psutil.Process]:
+    """The decoder processes of this one; it may have other children, such as the Ray cluster of other tests."""
+    found = []
+    for child in psutil.Process().children():
+        with contextlib.suppress(psutil.Error):
+            if any("curate.fetch.decoder" in word for word in child.cmdline()):
+                found.append(child)
+    return found
+
+
 def decode_all(
     bodies: Sequence[bytes], settings: ImageSettings = SETTINGS, count: int = 2
 ) -> tuple[list[Picture], float]:
@@ -181,7 +192,7 @@ def decode_all(
         async def watch() -> None:
             nonlocal peak
             while True:
-                for child in psutil.Process().children():
+                for child in decoders():
                     peak = max(peak, child.memory_info().rss / 1e6)
                 await asyncio.sleep(0.02)
 
@@ -223,11 +234,11 @@ def test_a_crash_costs_one_sample(jpeg: bytes) -> None:
     async def go() -> tuple[Picture, list[Picture]]:
         pool = DecoderPool(SETTINGS, 1, 50_000_000)
         await pool.process(jpeg)
-        psutil.Process().children()[0].suspend()  # holds the sample until it is killed below
+        decoders()[0].suspend()  # holds the sample until it is killed below
         hostile = asyncio.create_task(pool.process(jpeg + b"the one that crashes"))
         await asyncio.sleep(0.1)
         while not hostile.done():  # as a hostile file would: in the second try as well
-            for child in psutil.Process().children():
+            for child in decoders():
                 child.kill()
             await asyncio.sleep(0.01)
         others = [await pool.process(jpeg) for _ in range(3)]
@@ -245,7 +256,7 @@ def test_a_decoder_that_hangs_is_ended(jpeg: bytes) -> None:
     async def go() -> list[str]:
         pool = DecoderPool(SETTINGS, 1, 50_000_000, decode_s=0.4)
         await pool.process(jpeg)
-        (child,) = psutil.Process().children()
+        (child,) = decoders()
         child.suspend()
         statuses = [(await pool.process(jpeg)).status, (await pool.process(jpeg)).status]
         await pool.close()
@@ -271,4 +282,4 @@ def test_decoders_that_cannot_start_are_an_error(jpeg: bytes, monkeypatch: pytes
 def test_no_process_outlives_its_pool(jpeg: bytes) -> None:
     """Decoders pile up on the node."""
     decode_all([jpeg] * 4)
-    assert not psutil.Process().children()
+    assert not decoders()
