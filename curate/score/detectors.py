@@ -5,6 +5,7 @@ in memory; the detectors would shrink it in the same way. Parameters that decide
 published ones, and part of the table's identity where a recipe changes them.
 """
 
+from abc import abstractmethod
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Annotated, Any, ClassVar, Literal
@@ -37,9 +38,9 @@ class DetectorScorer(ImageScorer[Any]):
         self._shrink: Shrink | None = None
         self._detect: Detect | None = None
 
+    @abstractmethod
     def open(self, device: Device) -> tuple[Shrink, Detect]:
         """What is done to each picture on a CPU thread, and the loaded detector of what that gives."""
-        raise NotImplementedError
 
     def load(self, device: Device) -> None:
         """Open the detector."""

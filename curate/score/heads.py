@@ -4,6 +4,7 @@ They read what a `clip` entry embeds, so a head costs no pixel: `{scorer: laion_
 The heads were trained on OpenAI's CLIP; features of another model give numbers without meaning, and are refused.
 """
 
+from abc import abstractmethod
 from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any, ClassVar
@@ -41,9 +42,9 @@ class HeadScorer(FeatureScorer):
         self._weights: WeightRef | None = None
         self._head: Head | None = None
 
+    @abstractmethod
     def open(self, path: Path) -> Head:
         """Read the published file."""
-        raise NotImplementedError
 
     @property
     def fields(self) -> tuple[pa.Field, ...]:

@@ -8,6 +8,7 @@ Python; no pickle is read.
 """
 
 import re
+from abc import abstractmethod
 from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Annotated, Any, ClassVar, Literal
 
@@ -39,9 +40,9 @@ class VisionScorer(ImageScorer[Float32]):
         self.labels: tuple[str, ...] | None = None
         self.width: int | None = None
 
+    @abstractmethod
     def open(self, device: Device) -> "VisionModel":
         """The loaded network."""
-        raise NotImplementedError
 
     @property
     def fields(self) -> tuple[pa.Field, ...]:
