@@ -29,6 +29,7 @@ from curate.score.vision import (
     TorchScriptEmbedScorer,
 )
 from curate.score.vlm import VlmScorer
+from curate.score.wordnet import SynsetWordsScorer
 from curate.score.zero_shot import ZeroShotScorer
 
 SCORERS: dict[str, type[Scorer]] = {
@@ -36,6 +37,7 @@ SCORERS: dict[str, type[Scorer]] = {
     "phash": PhashScorer,
     "text_stats": TextStatsScorer,
     "text_facts": TextFactsScorer,
+    "synset_words": SynsetWordsScorer,
     "hf_text_classifier": TextClassifierScorer,
     "image_facts": ImageFactsScorer,
     "clip_text_masked": TextMaskedScorer,
