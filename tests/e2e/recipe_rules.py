@@ -133,12 +133,8 @@ EXPECTED: dict[str, Expected] = {
     ]}, least_side=201, ratio=3.0),
     "dfn": Expected({"dfn": []}, top={"dfn": ("clip_similarity_dfn", 0.15)}),
     "webssl": Expected({
-        "light": [_fresh, over("p_yes_webssl_light", 0.5)], "heavy": [_fresh, over("p_yes_webssl_heavy", 0.5)],
-        "light_share": [_fresh], "heavy_share": [_fresh],
-    }, top={"light_share": ("p_yes_webssl_light", 0.503), "heavy_share": ("p_yes_webssl_heavy", 0.013)},
-        same=lambda row: row["digest"]),
-    "webssl_density": Expected({
-        "light": [_fresh, over("text_density", 0.03)], "heavy": [_fresh, over("text_density", 0.4)],
+        "light_vlm": [_fresh, over("p_yes_webssl_light", 0.5)], "heavy_vlm": [_fresh, over("p_yes_webssl_heavy", 0.5)],
+        "light_threshold": [_fresh, over("text_density", 0.03)], "heavy_threshold": [_fresh, over("text_density", 0.4)],
         "light_share": [_fresh], "heavy_share": [_fresh],
     }, top={"light_share": ("text_density", 0.503), "heavy_share": ("text_density", 0.013)},
         same=lambda row: row["digest"]),

@@ -298,17 +298,20 @@ def test_density_agrees_with_labels_on_real_pictures(shared: Path, tmp_path: Pat
         chosen = [path for kind in kinds for path in sorted((folder / kind).iterdir())[::9][:6]]
         urls = [f"{address}/{path.relative_to(folder)}" for path in chosen]
         pq.write_table(pa.table({"url": urls, "text": [None] * len(urls)}), tmp_path / "urls.parquet")
-        job = Job(load_recipe(FOLDER / "webssl_density.yaml", [
+        recipe, by_threshold = load_recipe(FOLDER / "webssl.yaml"), ("light_threshold", "heavy_threshold")
+        job = Job(load_recipe(FOLDER / "webssl.yaml", [
+            "score={text_regions: {scorer: text_density}}",
+            f"subsets={json.dumps({name: {'where': recipe.subsets[name].where} for name in by_threshold})}",
             f"root={tmp_path / 'run'}", f"ingest.sources=[{tmp_path / 'urls.parquet'}]", "engine={driver: inline}",
             "fetch.allow_networks=[127.0.0.1/32]", "fetch.timeout_s=30",
         ]))  # fmt: skip
         image_text.run(job)
         server.shutdown()
-    names = ["url", "text_density", "member_light", "member_heavy"]
+    names = ["url", "text_density", *(f"member_{name}" for name in by_threshold)]
     columns = columns_of(list(job.tables.values()))
     rows = [row for shard in job.shards for row in read_rows(job.store, columns, names, shard.name).to_pylist()]
-    light = {kind: sum(row["member_light"] for row in rows if kind in row["url"]) for kind in kinds}
-    heavy = {kind: sum(row["member_heavy"] for row in rows if kind in row["url"]) for kind in kinds}
+    light = {kind: sum(row["member_light_threshold"] for row in rows if kind in row["url"]) for kind in kinds}
+    heavy = {kind: sum(row["member_heavy_threshold"] for row in rows if kind in row["url"]) for kind in kinds}
     assert light["text_none"] <= 1, light
     assert min(light["text_light"], light["text_heavy"]) >= 5, light
     assert heavy["text_none"] == 0, heavy
