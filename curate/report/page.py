@@ -1,7 +1,8 @@
-"""A run as one HTML page: the funnel, how scores are spread, and pictures of what was kept, dropped and called a copy.
+"""A run as one HTML page: the funnel, how scores are spread, where subsets agree, and pictures to look at.
 
-People find what is wrong with a recipe by looking. The page is one file without scripts or requests; everything that
-came from the web is escaped, and pictures are small JPEGs of our own encoding.
+People find what is wrong with a recipe by looking: at what was kept, dropped, called a copy, and chosen by one subset
+alone. The page is one file without scripts or requests; everything that came from the web is escaped, and pictures are
+small JPEGs of our own encoding.
 """
 
 import base64
@@ -15,7 +16,8 @@ import duckdb
 import pyarrow as pa
 from PIL import Image
 
-from curate.catalog import open_catalog, views_of
+from curate.catalog import open_catalog, quoted, views_of
+from curate.report.agreement import Agreement, agreement, agreement_html
 from curate.report.funnel import MEMBER, Line, funnel
 from curate.schema import TableSpec
 from curate.store import Store
@@ -32,7 +34,7 @@ table{border-collapse:collapse}td{padding:.1rem .8rem .1rem 0}td.n{text-align:ri
 .sub td:first-child{padding-left:1.6rem;color:#666}.bar{background:#dbe7f5;height:.7rem;display:inline-block}
 .gallery{display:flex;flex-wrap:wrap;gap:.6rem}figure{margin:0;width:9rem;font-size:12px;overflow-wrap:anywhere}
 img{max-width:8rem;max-height:8rem;background:#eee}h2{margin-top:2rem}.group{border-left:3px solid #ccc;padding-left:.6rem;margin:.6rem 0}
-svg{background:#f7f7f7;margin-right:1rem}
+svg{background:#f7f7f7;margin-right:1rem}.sets th{font-weight:normal;padding:.1rem .8rem .1rem 0;text-align:left}.sets i{color:#bbb}
 """  # noqa: E501
 
 
@@ -51,9 +53,13 @@ def write_page(store: Store, tables: Sequence[TableSpec], shards: Sequence[str])
         views = views_of(connection)
         if "rows" in views:
             body += list(_histograms(connection, tables))
-            for spec in tables:
-                if spec.name.startswith(MEMBER):
-                    body += list(_subset(store, connection, spec.name))
+            members = [spec.name for spec in tables if spec.name.startswith(MEMBER)]
+            if len(members) > 1:
+                found = agreement(connection, [name.removeprefix(MEMBER) for name in members])
+                body += ["<h2>Where the subsets agree</h2>", *agreement_html(found)]
+                body += list(_apart(store, connection, found))
+            for name in members:
+                body += list(_subset(store, connection, name))
             if "duplicates" in views:
                 body += list(_groups(store, connection))
     return f"<!doctype html><meta charset=utf-8><title>curate</title><style>{STYLE}</style>" + "\n".join(body)
@@ -115,6 +121,17 @@ def _subset(store: Store, connection: duckdb.DuckDBPyConnection, view: str) -> I
     )  # fmt: skip
     yield f"<h2>Subset {escape(name)}: kept</h2>" + _gallery(store, kept)
     yield f"<h2>Subset {escape(name)}: dropped</h2>" + _gallery(store, dropped)
+
+
+def _apart(store: Store, connection: duckdb.DuckDBPyConnection, found: Agreement) -> Iterator[str]:
+    """Pictures of the commonest combinations: what one way took and another did not is best looked at."""
+    for combination in list(found.rows)[:GROUPS]:
+        where = " AND ".join(
+            f"{'' if name in combination else 'NOT '}{quoted(MEMBER + name)}" for name in found.subsets
+        )
+        pictures = _rows(connection, "rows", f"tar IS NOT NULL AND {where}", "coalesce(text, '')", most=8)
+        words = f"{escape(' and '.join(combination))} alone: {found.rows[combination]:,} rows"
+        yield f"<div class=group>{words}{_gallery(store, pictures)}</div>"
 
 
 def _groups(store: Store, connection: duckdb.DuckDBPyConnection) -> Iterator[str]:
