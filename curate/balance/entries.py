@@ -5,7 +5,7 @@
     <work>/counts/<chunk>.npz        captions that contain each entry, in a chunk of shards
     <work>/probabilities.npz         p of each entry
 
-The entries file is text (an entry a line) or a JSON list. Every worker process builds the automaton once.
+The entries file is text (an entry a line) or a JSON list. Every worker process builds the matcher once.
 """
 
 import hashlib

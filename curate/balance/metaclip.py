@@ -1,19 +1,21 @@
 """MetaCLIP: which entries of the metadata a caption contains, and how many captions each entry may keep.
 
-Matching gives exactly what the published loop over all entries gives (paper 2309.16671; RECIPES section 6), by an
-Aho-Corasick automaton over UTF-8 bytes (ahocorasick-rs). Balancing draws by hash of (entry, key), so that a caption's
+Matching gives exactly what the published loop over all entries gives (paper 2309.16671; RECIPES section 6): by words
+where an entry stands between spaces, by an Aho-Corasick automaton over UTF-8 bytes (ahocorasick-rs) where version 2
+lets it touch what is beside it. Balancing draws by hash of (entry, key), so that a caption's
 fate depends on neither shard nor order. It refuses to clean: matching is case-sensitive and collapses no spaces.
 """
 
 import itertools
 import string
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from typing import Any, Literal
 
 import ahocorasick_rs
 import numpy as np
 import numpy.typing as npt
 
+from curate.balance.phrases import Phrases
 from curate.errors import PlanError
 
 Int64 = npt.NDArray[np.int64]
@@ -21,6 +23,7 @@ UInt64 = npt.NDArray[np.uint64]
 Float64 = npt.NDArray[np.float64]
 
 SPACED = (b",", b".", b";", b":", b"?", b"!", b"`")  # set apart by spaces on both sides before matching
+PARTED, NOTHING = b"\xff", b"\xfe"  # which UTF-8 never holds
 BLANKS = (b"\t", b"\n", b"\r")  # become a space
 # Scripts that write without spaces, for version 2: first and last code point of each range.
 UNSPACED = (
@@ -38,7 +41,7 @@ UNSPACED = (
     (0x1780, 0x17FF),  # Khmer
 )
 PUNCTUATION = frozenset(string.punctuation + "，。、；：？！“”‘’（）【】《》〈〉「」『』～—")
-CAPTIONS_PER_PASS = 1 << 15  # their matches are Python tuples until the pass ends: about 20 MB
+CAPTIONS_PER_PASS = 1 << 16  # 70 MB for captions of 70 characters, whose common words are then looked up once
 
 
 def matches(captions: Sequence[str | None], entries: Sequence[str], version: Literal[1, 2] = 1) -> Int64:
@@ -47,7 +50,7 @@ def matches(captions: Sequence[str | None], entries: Sequence[str], version: Lit
 
 
 class Matcher:
-    """The automaton of one metadata list; 500,000 entries take about 4 s and 150 MB.
+    """What is looked for, of one metadata list; 500,000 entries take about 4 s and 200 MB.
 
     Version 1: entry e is in a caption when " e " is a substring of " caption ", in which each of `, . ; : ? ! `` stands
     between spaces and tab, newline and return are spaces. Version 2 (MetaCLIP 2) leaves out the entry's leading or
@@ -63,15 +66,14 @@ class Matcher:
         if version == 2 and "" in entries:
             raise PlanError(f"metaclip: entry {list(entries).index('')} is empty; version 2 needs a first character")
         self.count = len(entries)
-        patterns: dict[bytes, list[int]] = {}
-        for index, entry in enumerate(entries):
-            patterns.setdefault(_encoded(_pattern(entry, version)), []).append(index)
-        # Pattern number -> entries: those of pattern p are _entries[_starts[p] : _starts[p + 1]].
-        self._starts = np.concatenate(([0], np.cumsum([len(group) for group in patterns.values()]))).astype(np.int64)
-        self._entries = np.fromiter(itertools.chain.from_iterable(patterns.values()), np.int64, self.count)
+        patterns = [_pattern(entry, version) for entry in entries]
+        whole = [(pattern[1:-1], entry) for entry, pattern in enumerate(patterns) if _between_spaces(pattern)]
+        touching = [(pattern, entry) for entry, pattern in enumerate(patterns) if not _between_spaces(pattern)]
+        self._whole, self._touching = _Patterns(whole), _Patterns(touching)
+        self._phrases = Phrases(self._whole.texts)
         # Contiguous NFA: 3 × as fast as the other NFA here, and a DFA of 500,000 entries would need gigabytes.
         self._automaton = ahocorasick_rs.BytesAhoCorasick(
-            list(patterns), implementation=ahocorasick_rs.Implementation.ContiguousNFA
+            self._touching.texts, implementation=ahocorasick_rs.Implementation.ContiguousNFA
         )
 
     def matches(self, captions: Sequence[str | None]) -> Int64:
@@ -83,45 +85,70 @@ class Matcher:
         return np.concatenate(passes) if passes else np.zeros((0, 2), np.int64)
 
     def _pass(self, captions: Sequence[str | None], first: int) -> Int64:
-        find = self._automaton.find_matches_as_indexes
-        texts = zip(captions, _spaced(captions), strict=True)
-        found = [find(text, overlapping=True) if caption else [] for caption, text in texts]
-        number = np.fromiter(map(len, found), np.int64, len(found))
-        hits = itertools.chain.from_iterable(itertools.chain.from_iterable(found))
-        pattern = np.fromiter(hits, np.int64, 3 * int(number.sum()))[::3]  # of (pattern, start, end)
-        caption = np.repeat(np.arange(len(captions)), number)
-        copies = self._starts[pattern + 1] - self._starts[pattern]
-        if (copies > 1).any():
-            offset = np.arange(int(copies.sum())) - np.repeat(np.cumsum(copies) - copies, copies)
-            caption, entry = (
-                np.repeat(caption, copies),
-                self._entries[np.repeat(self._starts[pattern], copies) + offset],
-            )
-        else:
-            entry = self._entries[self._starts[pattern]]
-        pair = np.sort(caption * self.count + entry)
+        text = _spaced(captions)
+        phrase, start = self._phrases.find(text)
+        parted = np.flatnonzero(np.frombuffer(text, np.uint8) == PARTED[0])
+        pairs = [self._whole.pairs(np.searchsorted(parted, start), phrase, self.count)]
+        if self._touching.texts:
+            pairs.append(self._touching.pairs(*self._touched(text), self.count))
+        pair = np.sort(np.concatenate(pairs))
         pair = pair[np.concatenate(([True], pair[1:] != pair[:-1]))[: len(pair)]]
         table: Int64 = np.stack(np.divmod(pair, max(self.count, 1)), axis=1) + np.array([first, 0])
         return table
 
+    def _touched(self, text: bytes) -> tuple[Int64, Int64]:
+        """(caption, pattern) of every place where the automaton finds one."""
+        find = self._automaton.find_matches_as_indexes
+        found = [find(caption, overlapping=True) for caption in text.split(PARTED)]
+        number = np.fromiter(map(len, found), np.int64, len(found))
+        hits = itertools.chain.from_iterable(itertools.chain.from_iterable(found))
+        pattern = np.fromiter(hits, np.int64, 3 * int(number.sum()))[::3]  # of (pattern, start, end)
+        return np.repeat(np.arange(len(found)), number), pattern
 
-def _spaced(captions: Sequence[str | None]) -> list[bytes]:
-    """The captions as matching sees them, in UTF-8: between spaces, SPACED set apart, BLANKS as spaces; None as "".
 
-    All at once, parted by a byte that UTF-8 never holds: replacing one by one took a tenth of the matching's time.
+class _Patterns:
+    """Different patterns in the order of their first entry, and the entries of each."""
+
+    def __init__(self, patterns: Iterable[tuple[bytes, int]]) -> None:
+        groups: dict[bytes, list[int]] = {}
+        for pattern, entry in patterns:
+            groups.setdefault(pattern, []).append(entry)
+        self.texts = list(groups)
+        # The entries of pattern p are _entries[_starts[p] : _starts[p + 1]].
+        self._starts = np.cumsum([0, *map(len, groups.values())]).astype(np.int64)
+        self._entries = np.fromiter(itertools.chain.from_iterable(groups.values()), np.int64)
+
+    def pairs(self, caption: Int64, pattern: Int64, count: int) -> Int64:
+        """caption × count + entry for every entry of every pattern that was found."""
+        copies = self._starts[pattern + 1] - self._starts[pattern]
+        offset = np.arange(int(copies.sum())) - np.repeat(np.cumsum(copies) - copies, copies)
+        entry = self._entries[np.repeat(self._starts[pattern], copies) + offset]
+        return np.asarray(np.repeat(caption, copies) * count + entry)
+
+
+def _spaced(captions: Sequence[str | None]) -> bytes:
+    """The captions as matching sees them, in UTF-8: each between spaces, SPACED set apart, BLANKS as spaces, and PARTED
+    between two; NOTHING for None and "".
+
+    All at once: replacing one by one took a tenth of the matching's time.
     """
-    text = b" " + b" \xff ".join([_encoded(caption or "") for caption in captions]) + b" "
+    between = b" " + PARTED + b" "
+    text = b" " + between.join([_encoded(caption) if caption else NOTHING for caption in captions]) + b" "
     for mark in SPACED:
         text = text.replace(mark, b" " + mark + b" ")
     for blank in BLANKS:
         text = text.replace(blank, b" ")
-    return text.split(b"\xff")
+    return text
 
 
-def _pattern(entry: str, version: int) -> str:
+def _pattern(entry: str, version: int) -> bytes:
     before = "" if version == 2 and _stands_alone(entry[0]) else " "
     after = "" if version == 2 and _stands_alone(entry[-1]) else " "
-    return before + entry + after
+    return _encoded(before + entry + after)
+
+
+def _between_spaces(pattern: bytes) -> bool:
+    return len(pattern) > 1 and pattern[:1] == b" " and pattern[-1:] == b" "
 
 
 def _stands_alone(character: str) -> bool:
