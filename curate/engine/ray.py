@@ -10,6 +10,7 @@ import os
 import re
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import asdict
+from functools import partial
 from typing import Any
 from uuid import uuid4
 
@@ -35,7 +36,6 @@ class _Worker:
 
     def __init__(self, store: Store, stage: Stage, run_id: str) -> None:
         self._store, self._stage, self._run_id = store, stage, run_id
-        self._node = ray.get_runtime_context().get_node_id()
         stage.setup()
 
     def __call__(self, batch: pa.Table) -> pa.Table:
@@ -44,9 +44,23 @@ class _Worker:
             reports = row["reports"]
             if not (reports and reports[-1]["set_aside"]):
                 shard = Shard(row["name"], row["rows"])
-                report = run_bounded(self._store, self._stage, shard, self._run_id, self._node, _living_nodes)
+                report = _bounded(self._store, self._stage, shard, self._run_id)
                 row["reports"] = [*reports, _pack(report)]
         return pa.Table.from_pylist(rows, schema=_ROW)
+
+
+def _bounded(store: Store, stage: Stage, shard: Shard, run_id: str) -> ShardReport:
+    return run_bounded(store, stage, shard, run_id, ray.get_runtime_context().get_node_id(), _living_nodes)
+
+
+def _chain(store: Store, stages: Sequence[Stage], run_id: str, shard: Shard) -> list[ShardReport]:
+    """A shard through stages that keep nothing between shards, in one task."""
+    reports: list[ShardReport] = []
+    for stage in stages:
+        reports.append(_bounded(store, stage, shard, run_id))
+        if reports[-1].set_aside:
+            break
+    return reports
 
 
 def _call(function: Callable[[Any], Any], item: Any) -> Any:
@@ -98,8 +112,16 @@ class RayDriver(Driver):
 
     def run(self, store: Store, stages: Sequence[Stage], shards: Sequence[Shard]) -> Iterator[list[ShardReport]]:
         """See Driver.run."""
-        if not shards:
-            return
+        run_id = uuid4().hex
+        if all(type(stage).setup is Stage.setup for stage in stages):  # nothing to load: actors would only cost starts
+            most = min((self._workers[stage.name] for stage in stages if stage.name in self._workers), default=None)
+            yield from self._tasks(partial(_chain, store, stages, run_id), shards, most)
+        elif shards:
+            yield from self._actors(store, stages, shards, run_id)
+
+    def _actors(
+        self, store: Store, stages: Sequence[Stage], shards: Sequence[Shard], run_id: str
+    ) -> Iterator[list[ShardReport]]:
         context = DataContext.get_current()
         context.enable_progress_bars = False  # ours says more: failures and rates of the domain
         context.print_on_execution_start = False
@@ -110,7 +132,6 @@ class RayDriver(Driver):
         rows = [{"name": shard.name, "rows": shard.rows, "reports": []} for shard in shards]
         blocks = [pa.Table.from_pylist([row], schema=_ROW) for row in rows]
         dataset: Dataset = ray.data.from_arrow(blocks)
-        run_id = uuid4().hex
         scale = _fit(stages)
         for stage in stages:
             most = min(self._workers.get(stage.name, max(1, int(_cluster("CPU")))), len(shards))
@@ -129,11 +150,14 @@ class RayDriver(Driver):
 
     def map(self, function: Callable[[Any], Any], items: Sequence[Any]) -> Iterator[Any]:
         """See Driver.map."""
+        return self._tasks(function, items)
+
+    def _tasks(self, function: Callable[[Any], Any], items: Sequence[Any], most: int | None = None) -> Iterator[Any]:
         if not items:
             return
         task = ray.remote(num_cpus=1, max_retries=NODE_LOSSES)(_call)
         shared = ray.put(function)  # once, not with every item: it may hold settings of a whole pool
-        window = max(2, int(_cluster("CPU")) * IN_FLIGHT_PER_CPU)
+        window = most or max(2, int(_cluster("CPU")) * IN_FLIGHT_PER_CPU)
         waiting = [task.remote(shared, item) for item in items[:window]]
         following = window
         while waiting:

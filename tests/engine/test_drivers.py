@@ -17,7 +17,7 @@ from curate.engine.job import Job
 from curate.errors import StageError
 from curate.metrics import Ticker
 from curate.schema import Shard
-from curate.stage import CrossStep, Map, Task, run_shard
+from curate.stage import CrossStep, Map, Stage, Task, run_shard
 from curate.store import Store
 from tests.engine.toy import SAMPLES, ToyFetch, ToyScore, bytes_of, fill_pool
 
@@ -82,15 +82,19 @@ def test_failing_shard_is_set_aside_with_its_cause_and_the_rest_go_on(tmp_path: 
     assert set_aside(store, ToyFetch()) == {"0002": aside[0].set_aside}
 
 
-def test_shard_that_kills_its_worker_is_set_aside_after_three_tries(tmp_path: Path, ray_driver: Driver) -> None:
-    """Guards against a decoder crash that Ray would retry for ever."""
+@pytest.mark.parametrize("behind", [[ToyScore()], []], ids=["actors", "tasks"])
+def test_shard_that_kills_its_worker_is_set_aside_after_three_tries(
+    tmp_path: Path, ray_driver: Driver, behind: list[Stage]
+) -> None:
+    """Guards against a decoder crash that Ray would retry for ever, in actors and in tasks."""
     store = Store(str(tmp_path))
     shards = fill_pool(store)
-    reports = list(ray_driver.run(store, [ToyFetch(poison="0001"), ToyScore()], shards))
+    stages = [ToyFetch(poison="0001"), *behind]
+    reports = list(ray_driver.run(store, stages, shards))
     aside = [report for pair in reports for report in pair if report.set_aside]
     assert [(report.stage, report.shard) for report in aside] == [("fetch", "0001")]
     assert "died" in str(aside[0].set_aside)
-    assert store.done(ToyScore().tables[0]) == {"0000", "0002", "0003"}
+    assert store.done(stages[-1].tables[0]) == {"0000", "0002", "0003"}
 
 
 def test_worker_that_dies_once_changes_nothing(tmp_path: Path, ray_driver: Driver, expected: dict[str, bytes]) -> None:

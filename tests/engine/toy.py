@@ -82,6 +82,9 @@ class ToyScore(Stage):
     def reads(self, missing: frozenset[str]) -> Sequence[Read]:
         return [Read(ToyFetch.tables[0], ("status", IMAGE))]
 
+    def setup(self) -> None:
+        """As a stage with a model has one: on Ray such a stage holds an actor, others are tasks."""
+
     def process(self, task: Task, batches: Iterator[pa.RecordBatch]) -> Iterator[Mapping[str, pa.RecordBatch]]:
         (spec,) = self.tables
         for batch in batches:
