@@ -31,14 +31,24 @@ def as_rgb(image: Uint8) -> Uint8:
 
 
 def fit(image: Uint8, side: int) -> Uint8:
-    """Shrink a picture to uint8 [h, w, 3] with longer side at most `side` pixels; smaller ones stay as they are."""
+    """Shrink a picture to uint8 [h, w, 3] with longer side at most `side` pixels; smaller ones stay as they are.
+
+    Halved by whole pixels while it is more than twice too large, then bilinear, as these detectors' own code shrinks:
+    0.7 ms from 1024 to 736 pixels, where one INTER_AREA takes 5.0.
+    """
     rgb = as_rgb(image)
     height, width = rgb.shape[:2]
     scale = side / max(height, width)
     if scale >= 1.0:
         return rgb
     size = (max(1, round(width * scale)), max(1, round(height * scale)))
-    return np.asarray(cv2.resize(rgb, size, interpolation=cv2.INTER_AREA), dtype=np.uint8)
+    while rgb.shape[1] >= 2 * size[0] and rgb.shape[0] >= 2 * size[1]:
+        rgb = _resized(rgb, (rgb.shape[1] // 2, rgb.shape[0] // 2), cv2.INTER_AREA)
+    return _resized(rgb, size, cv2.INTER_LINEAR)
+
+
+def _resized(rgb: Uint8, size: tuple[int, int], how: int) -> Uint8:
+    return np.asarray(cv2.resize(rgb, size, interpolation=how), dtype=np.uint8)
 
 
 def blob(pictures: Sequence[Uint8], side: int, *, fill: int, mean: float, scale: float, bgr: bool) -> Float32:

@@ -17,7 +17,7 @@ import pyarrow as pa
 from pydantic import Field
 
 from curate.score.clip_source import ClipSource
-from curate.score.decode import Picture, Unscorable
+from curate.score.decode import Picture
 from curate.score.scorer import Device, ImageScorer, ModelSettings, Values
 
 if TYPE_CHECKING:
@@ -111,10 +111,10 @@ class ClipScorer(ImageScorer[Pair]):
             raise RuntimeError(f"{self.name}: load() was not called")
         return self._model
 
-    def prepare(self, picture: Picture, text: str | None) -> Pair | Unscorable:
-        """Resize and tokenize, on a CPU thread."""
-        exact = self.settings.preprocess == "exact"
-        pixels = self.model.pixels(picture.rgb) if exact else picture.pixels
+    def prepare(self, picture: Picture, text: str | None) -> Pair:
+        """Resize and tokenize, on a CPU thread; models of one size share the resize."""
+        model, exact = self.model, self.settings.preprocess == "exact"
+        pixels = picture.once(model.resize_name, lambda: model.pixels(picture.rgb)) if exact else picture.pixels
         if text is None or text in self._texts:
             return Pair(pixels, text, None)
         return Pair(pixels, text, self.model.tokens(text))

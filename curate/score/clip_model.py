@@ -49,6 +49,7 @@ class ClipModel:
             raise PlanError(f"unexpected preprocessing of open_clip: {preprocess}")
         self._resize = transforms.Compose(steps[:at])
         self._steps = steps[:at]
+        self.resize_name = str(self._resize)  # equal where two models see the same pixels
         self._mean = torch.tensor(normalize.mean, device=self._device).view(1, 3, 1, 1)
         self._std = torch.tensor(normalize.std, device=self._device).view(1, 3, 1, 1)
 

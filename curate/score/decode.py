@@ -6,12 +6,16 @@ its end is `Unscorable`, not a grey rectangle. EXIF orientation is left alone, a
 
 import io
 import warnings
-from dataclasses import dataclass
+from collections.abc import Callable, Hashable
+from dataclasses import dataclass, field
 from functools import cached_property
+from typing import Any, TypeVar
 
 import numpy as np
 import numpy.typing as npt
 from PIL import Image
+
+T = TypeVar("T")
 
 Image.init()
 # A bomb is a status here, and remarks on palettes and EXIF say nothing of pixels. Set once: threads decode.
@@ -37,6 +41,7 @@ class Picture:
 
     image: Image.Image
     size_bytes: int
+    _made: dict[Hashable, Any] = field(default_factory=dict, repr=False, compare=False)
 
     @cached_property
     def rgb(self) -> Image.Image:
@@ -55,6 +60,16 @@ class Picture:
     def pixels(self) -> npt.NDArray[np.uint8]:
         """uint8 [height, width, 3], RGB."""
         return np.asarray(self.rgb)
+
+    def once(self, key: Hashable, make: Callable[[], T]) -> T:
+        """What `make` gives, made once for all scorers that ask by this key: one resize serves two models.
+
+        One thread prepares a picture for every scorer, so there is no lock.
+        """
+        if key not in self._made:
+            self._made[key] = make()
+        found: T = self._made[key]
+        return found
 
 
 def decode(data: bytes) -> Picture | Unscorable:

@@ -8,11 +8,10 @@ published ones, and part of the table's identity where a recipe changes them.
 from abc import abstractmethod
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
-from typing import Annotated, Any, ClassVar, Literal
+from typing import TYPE_CHECKING, Annotated, Any, ClassVar, Literal
 
-import numpy as np
-import numpy.typing as npt
 import pyarrow as pa
+from PIL import Image
 from pydantic import Field
 
 from curate.errors import ConfigError
@@ -21,9 +20,11 @@ from curate.score.scorer import Device, ImageScorer, ModelSettings, ScorerSettin
 from curate.score.weight_files import sha256_of
 from curate.score.weight_ref import WeightRef
 
-Uint8 = npt.NDArray[np.uint8]
+if TYPE_CHECKING:
+    from curate.score.text_density import TextDetector, TextView
+
 GANTMAN_LABELS = ("drawings", "hentai", "neutral", "porn", "sexy")  # the model's order
-Shrink = Callable[[Uint8], Any]
+Shrink = Callable[[Picture], Any]
 Detect = Callable[[Sequence[Any]], Mapping[str, Values]]
 ROWS = 16  # pictures of one call; the detectors make smaller batches of their own
 
@@ -52,7 +53,7 @@ class DetectorScorer(ImageScorer[Any]):
         """The picture, small."""
         if self._shrink is None:
             raise RuntimeError(f"{self.name}: load() was not called")
-        return self._shrink(picture.pixels)
+        return self._shrink(picture)
 
     def score(self, prepared: Sequence[Any]) -> Mapping[str, Values]:
         """The detector's columns."""
@@ -105,7 +106,9 @@ class WatermarkScorer(OneFileScorer):
         """EfficientNet-B3 on 256 x 256."""
         from curate.score.watermark import WatermarkDetector, stretch  # noqa: PLC0415  # torch: on workers only
 
-        return stretch, WatermarkDetector.from_file(self.weights.path(), device=device.name).score
+        return lambda picture: stretch(_squeezed(picture)), WatermarkDetector.from_file(
+            self.weights.path(), device=device.name
+        ).score
 
 
 class OpenNsfwScorer(OneFileScorer):
@@ -118,7 +121,7 @@ class OpenNsfwScorer(OneFileScorer):
         """Yahoo's network on opennsfw2's crop."""
         from curate.score.opennsfw2 import OpenNsfw, crop  # noqa: PLC0415  # torch: on workers only
 
-        return crop, OpenNsfw.from_h5(self.weights.path(), device=device.name).score
+        return lambda picture: crop(_squeezed(picture)), OpenNsfw.from_h5(self.weights.path(), device=device.name).score
 
 
 class GantmanScorer(OneFileScorer):
@@ -135,14 +138,19 @@ class GantmanScorer(OneFileScorer):
         return _as_it_is, found
 
 
-def _as_it_is(pixels: Uint8) -> Uint8:
-    return pixels
+def _squeezed(picture: Picture) -> Image.Image:
+    """256 x 256, bilinear: with this both published preprocessings begin."""
+    return picture.once("256 x 256", lambda: picture.rgb.resize((256, 256), Image.Resampling.BILINEAR))
+
+
+def _as_it_is(picture: Picture) -> Any:
+    return picture.pixels
 
 
 def _fitted(side: int) -> Shrink:
     from curate.score.canvas import fit  # noqa: PLC0415  # OpenCV: on workers only
 
-    return lambda pixels: fit(pixels, side)
+    return lambda picture: picture.once(("fit", side), lambda: fit(picture.pixels, side))
 
 
 def providers(device: Device) -> tuple[str, ...]:
@@ -159,6 +167,8 @@ class FacesSettings(WeightsSettings):
 
 class FacesScorer(DetectorScorer):
     """`num_faces`, `face_boxes`: relative [x0, y0, x1, y1], most certain first."""
+
+    version = 2  # shrunk by halves, then bilinear
 
     settings_type: ClassVar[type[ScorerSettings]] = FacesSettings
 
@@ -208,6 +218,8 @@ class TextDensitySettings(WeightsSettings):
 class TextDensityScorer(DetectorScorer):
     """`text_area`, `text_boxes`, `text_density`, by the detector in the rapidocr wheel or another of PP-OCR (ONNX)."""
 
+    version = 2  # shrunk by halves, then bilinear
+
     settings_type: ClassVar[type[ScorerSettings]] = TextDensitySettings
 
     def __init__(self, name: str, settings: TextDensitySettings) -> None:
@@ -236,22 +248,46 @@ class TextDensityScorer(DetectorScorer):
 
     def open(self, device: Device) -> tuple[Shrink, Detect]:
         """PP-OCR's detector, and its recogniser on the unshrunk picture."""
-        from curate.score.text_density import PYRAMID, TextDetector  # noqa: PLC0415  # ONNX Runtime: on workers only
+        from curate.score.text_density import columns  # noqa: PLC0415  # ONNX Runtime: on workers only
 
-        detector = TextDetector.from_file(self._file(), threads=device.threads, providers=providers(device))
+        file = self._file()
+        detector = text_detector(file, device)
         if not self._reads:
-            return _fitted(PYRAMID[0][0]), detector
+            return (
+                lambda picture: text_view(picture, file),
+                lambda views: columns(detector.look(views), [view.pixels for view in views]),
+            )
         from curate.score.text_recognition import TextReader  # noqa: PLC0415  # as above
 
         reader = TextReader.from_file(detector=detector, threads=device.threads, providers=providers(device))
-        return _as_it_is, reader
+        return (
+            lambda picture: (picture.pixels, text_view(picture, file)),
+            lambda pairs: reader.read_all([pixels for pixels, _ in pairs], detector.look([view for _, view in pairs])),
+        )
 
     def _file(self) -> Path:
-        if self._weights is not None:
-            return self._weights.path()
-        from curate.score.text_density import DETECTOR, wheel_model  # noqa: PLC0415  # its imports cost a plan 0.3 s
+        return text_detector_file() if self._weights is None else self._weights.path()
 
-        return wheel_model(DETECTOR)
+
+def text_detector(file: Path, device: Device) -> "TextDetector":
+    """PP-OCR's detector, opened."""
+    from curate.score.text_density import TextDetector  # noqa: PLC0415  # ONNX Runtime: on workers only
+
+    return TextDetector.from_file(file, threads=device.threads, providers=providers(device))
+
+
+def text_view(picture: Picture, file: Path) -> "TextView":
+    """The picture as this detector sees it: one object for all scorers, so that text is detected once."""
+    from curate.score.text_density import TextView  # noqa: PLC0415  # as above
+
+    return picture.once(("text", file), lambda: TextView(picture.pixels))
+
+
+def text_detector_file() -> Path:
+    """The detector in the rapidocr wheel. Raises WeightsError."""
+    from curate.score.text_density import DETECTOR, wheel_model  # noqa: PLC0415  # its imports cost a plan 0.3 s
+
+    return wheel_model(DETECTOR)
 
 
 def _recogniser() -> Path:

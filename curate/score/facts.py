@@ -20,6 +20,8 @@ IMAGE_FACTS = ("sharpness", "entropy", "contrast", "chroma", "flat_share")
 class ImageFactsScorer(DetectorScorer):
     """`sharpness`, `entropy`, `contrast`, `chroma`, `flat_share`; computed on the preparing threads."""
 
+    version = 2  # shrunk by halves, then bilinear
+
     @property
     def fields(self) -> tuple[pa.Field, ...]:
         """float32 columns."""
@@ -29,7 +31,7 @@ class ImageFactsScorer(DetectorScorer):
         """Measure each picture alone, then put the rows together."""
         from curate.score.image_facts import image_facts  # noqa: PLC0415  # OpenCV: on workers only
 
-        return lambda pixels: image_facts([pixels]), _together
+        return lambda picture: image_facts([picture.pixels]), _together
 
 
 def _together(rows: Sequence[Mapping[str, Any]]) -> Mapping[str, Values]:

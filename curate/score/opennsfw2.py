@@ -28,9 +28,9 @@ EPSILON = 1e-5  # of batch normalisation, Caffe's default
 STAGES = ((3, 32, 128, 1), (4, 64, 256, 2), (6, 128, 512, 2), (3, 256, 1024, 2))  # blocks, inner, outer, stride
 
 
-def crop(image: Uint8) -> Uint8:
-    """uint8 RGB [224, 224, 3]: resized, through JPEG (Pillow's default quality 75, as there), cut from the centre."""
-    resized = Image.fromarray(as_rgb(image)).resize((RESIZED, RESIZED), resample=Image.Resampling.BILINEAR)
+def crop(image: Image.Image) -> Uint8:
+    """uint8 [224, 224, 3] of an RGB picture: resized, through JPEG (Pillow's quality 75, as there), centre cut."""
+    resized = image.resize((RESIZED, RESIZED), resample=Image.Resampling.BILINEAR)
     packed = io.BytesIO()
     resized.save(packed, format="JPEG")
     packed.seek(0)
@@ -145,7 +145,7 @@ class OpenNsfw:
 
     def __call__(self, images: Sequence[Uint8]) -> dict[str, npt.NDArray[np.float32]]:
         """`nsfw_score_opennsfw2` float32 [N] in 0..1 of uint8 RGB pictures [h, w, 3]."""
-        return self.score([crop(image) for image in images])
+        return self.score([crop(Image.fromarray(as_rgb(image))) for image in images])
 
     def score(self, crops: Sequence[Uint8]) -> dict[str, npt.NDArray[np.float32]]:
         """The column of crops that `crop` made; a score that is not finite is NaN, no value."""

@@ -64,6 +64,16 @@ class TextRegions:
         return self.line / (self.line + HALF_PAGE)
 
 
+class TextView:
+    """A picture as the detector sees it, `pixels` uint8 [h, w, 3], and its regions once some scorer has asked."""
+
+    __slots__ = ("pixels", "regions")
+
+    def __init__(self, picture: Uint8) -> None:
+        self.pixels = fit(picture, PYRAMID[0][0])
+        self.regions: TextRegions | None = None
+
+
 def wheel_model(name: str) -> Path:
     """Path of a model that the installed rapidocr wheel carries; rapidocr itself is not imported.
 
@@ -104,6 +114,13 @@ class TextDetector:
         """Columns of uint8 RGB pictures [h, w, 3]: `text_area` (share of pixels inside text, float32),
         `text_boxes` (regions, int32), `text_density` (float32 in [0, 1))."""
         return columns(self.detect(images), images)
+
+    def look(self, views: Sequence[TextView]) -> list[TextRegions]:
+        """Text regions of each view; those that have been looked at are not looked at again."""
+        new = [view for view in views if view.regions is None]
+        for view, regions in zip(new, self.detect([view.pixels for view in new]), strict=True):
+            view.regions = regions
+        return [view.regions for view in views if view.regions is not None]
 
     def detect(self, images: Sequence[Uint8]) -> list[TextRegions]:
         """Text regions of each picture."""

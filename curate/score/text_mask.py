@@ -3,12 +3,13 @@
 `clip_similarity_text_masked` stays high where the picture itself shows what the caption says, and falls where only its
 text did. Each region takes the mean colour of the pixels around it, as T-MARS does (the repository holds the detection
 alone, so width of the surroundings and colour mean are ours: a band a quarter as wide as the region is high).
-The detector is that of `text_density`; it runs on the preparing threads.
+The detector is that of `text_density`; where both are asked for, each picture is looked at once.
 """
 
-from collections.abc import Mapping
-from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from collections.abc import Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any, ClassVar
 
 import numpy as np
 import numpy.typing as npt
@@ -17,16 +18,17 @@ from PIL import Image
 
 from curate.score.clip import ClipScorer, ClipSettings, Pair
 from curate.score.decode import Picture, Unscorable
-from curate.score.detectors import providers
-from curate.score.scorer import Device
+from curate.score.detectors import text_detector, text_detector_file, text_view
+from curate.score.scorer import Device, ImageScorer, ScorerSettings, Values
 from curate.score.weight_files import sha256_of
 
 if TYPE_CHECKING:
-    from curate.score.text_density import TextDetector, TextRegions
+    from curate.score.text_density import TextDetector, TextRegions, TextView
 
 Uint8 = npt.NDArray[np.uint8]
 BAND = 0.25  # of the region's shorter side
 LEAST_BAND = 2  # pixels
+GPU_PAINTERS = 8  # threads that paint and resize while the GPU waits
 
 
 class TextMaskedSettings(ClipSettings):
@@ -36,44 +38,75 @@ class TextMaskedSettings(ClipSettings):
     column: str | None = "clip_similarity_text_masked"
 
 
-class TextMaskedScorer(ClipScorer):
+@dataclass(frozen=True)
+class Unmasked:
+    """One prepared sample: the whole picture, the detector's view of it, and its text."""
+
+    pixels: Uint8
+    view: "TextView"
+    text: str | None
+
+
+class TextMaskedScorer(ImageScorer[Unmasked]):
     """CLIP on pictures whose text was painted over."""
 
-    settings_type = TextMaskedSettings
+    version = 2  # regions are found in the picture shrunk by halves, then bilinear
+    settings_type: ClassVar[type[ScorerSettings]] = TextMaskedSettings
+    reads_text: ClassVar[bool] = True
 
     def __init__(self, name: str, settings: TextMaskedSettings) -> None:
         super().__init__(name, settings)
+        self._clip = ClipScorer(name, settings)
         self._detector: TextDetector | None = None
+        self._painters = 1
 
     @property
     def fields(self) -> tuple[pa.Field, ...]:
         """The similarity alone."""
-        return super().fields[:1]
+        return self._clip.fields[:1]
 
     def identity(self) -> Mapping[str, Any]:
         """The model and the detector."""
-        return {**super().identity(), "detector": sha256_of(_detector_file()), "band": BAND}
+        return {**self._clip.identity(), "detector": sha256_of(text_detector_file()), "band": BAND}
 
     def check(self) -> None:
         """Raises WeightsError for either."""
-        super().check()
-        _detector_file()
+        self._clip.check()
+        text_detector_file()
 
     def load(self, device: Device) -> None:
         """Load both."""
-        from curate.score.text_density import TextDetector  # noqa: PLC0415  # ONNX Runtime: on workers only
+        self._clip.load(device)
+        self._detector = text_detector(text_detector_file(), device)
+        self._painters = GPU_PAINTERS if device.name == "cuda" else 1
+        self.batch_size = self._clip.batch_size
 
-        super().load(device)
-        self._detector = TextDetector.from_file(_detector_file(), threads=device.threads, providers=providers(device))
+    def begin(self) -> None:
+        """Forget the last shard's texts."""
+        self._clip.begin()
 
-    def prepare(self, picture: Picture, text: str | None) -> Pair | Unscorable:
-        """Detect, paint over, and prepare as CLIP does."""
+    def unload(self) -> None:
+        """Drop both."""
+        self._clip.unload()
+        self._detector = None
+
+    def prepare(self, picture: Picture, text: str | None) -> Unmasked | Unscorable:
+        """Nothing but the detector's view, which `text_density` shares."""
+        return Unmasked(picture.pixels, text_view(picture, text_detector_file()), text)
+
+    def score(self, prepared: Sequence[Unmasked]) -> Mapping[str, Values]:
+        """Detect what nobody has looked at yet, paint over, and score as CLIP does."""
         if self._detector is None:
             raise RuntimeError(f"{self.name}: load() was not called")
-        (regions,) = self._detector.detect([picture.pixels])
-        return super().prepare(
-            Picture(Image.fromarray(painted_over(picture.pixels, regions)), picture.size_bytes), text
-        )
+        found = self._detector.look([sample.view for sample in prepared])
+        with ThreadPoolExecutor(self._painters, "curate-paint") as pool:
+            pairs = list(pool.map(self._painted, prepared, found))
+        columns = self._clip.score(pairs)
+        return {field.name: columns[field.name] for field in self.fields}
+
+    def _painted(self, sample: Unmasked, regions: "TextRegions") -> Pair:
+        painted = Picture(Image.fromarray(painted_over(sample.pixels, regions)), 0)
+        return self._clip.prepare(painted, sample.text)
 
 
 def painted_over(pixels: Uint8, regions: "TextRegions") -> Uint8:
@@ -102,9 +135,3 @@ def painted_over(pixels: Uint8, regions: "TextRegions") -> Uint8:
         colour = ring.mean(axis=0) if len(ring) else elsewhere
         found[y0:y1, x0:x1][inside == 1] = np.rint(colour).astype(np.uint8)
     return found
-
-
-def _detector_file() -> Path:
-    from curate.score.text_density import DETECTOR, wheel_model  # noqa: PLC0415  # its imports cost a plan 0.3 s
-
-    return wheel_model(DETECTOR)

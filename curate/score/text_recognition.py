@@ -87,7 +87,12 @@ class TextReader:
         `text_chars`: characters read, int32. `text_density_read`: float32 in [0, 1), see the module.
         `text_script`: ISO 15924 code of the most frequent script among the letters, None where no letter was read.
         """
-        regions = self._detector.detect(images)
+        return self.read_all(images, self._detector.detect(images))
+
+    def read_all(
+        self, images: Sequence[Uint8], regions: Sequence[TextRegions]
+    ) -> dict[str, npt.NDArray[np.generic] | list[str | None]]:
+        """The same columns of pictures whose regions are known."""
         read = [self.read(image, found) for image, found in zip(images, regions, strict=True)]
         characters = [len("".join("".join(lines).split())) for lines in read]
         written = [(found.line + 0.5 * count) / 2 for found, count in zip(regions, characters, strict=True)]

@@ -33,10 +33,9 @@ def build_net() -> nn.Module:
     return net
 
 
-def stretch(image: Uint8) -> Uint8:
-    """uint8 RGB [256, 256, 3]: torchvision's Resize((256, 256)) of a Pillow picture (bilinear), no crop."""
-    resized = Image.fromarray(as_rgb(image)).resize((SIDE, SIDE), resample=Image.Resampling.BILINEAR)
-    return np.asarray(resized, dtype=np.uint8)
+def stretch(image: Image.Image) -> Uint8:
+    """uint8 RGB [256, 256, 3]: torchvision's Resize((256, 256)) of an RGB picture (bilinear), no crop."""
+    return np.asarray(image.resize((SIDE, SIDE), resample=Image.Resampling.BILINEAR), dtype=np.uint8)
 
 
 class WatermarkDetector:
@@ -64,7 +63,7 @@ class WatermarkDetector:
 
     def __call__(self, images: Sequence[Uint8]) -> dict[str, npt.NDArray[np.float32]]:
         """`watermark_score` float32 [N] in 0..1 (1: watermark) of uint8 RGB pictures [h, w, 3]."""
-        return self.score([stretch(image) for image in images])
+        return self.score([stretch(Image.fromarray(as_rgb(image))) for image in images])
 
     def score(self, stretched: Sequence[Uint8]) -> dict[str, npt.NDArray[np.float32]]:
         """The column of pictures that `stretch` made; a score that is not finite is NaN, no value."""

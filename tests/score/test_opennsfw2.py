@@ -109,7 +109,7 @@ def test_preprocessing_is_yahoos() -> None:
         Image.fromarray(picture).resize((256, 256), resample=Image.Resampling.BILINEAR).save(packed, format="JPEG")
         image = np.array(Image.open(packed)).astype(np.float32)[16:240, 16:240]
         wanted = image[:, :, ::-1] - np.array([104, 117, 123], dtype=np.float32)
-        got = normalise(torch.from_numpy(crop(picture)[None]))[0].permute(1, 2, 0).numpy()
+        got = normalise(torch.from_numpy(crop(Image.fromarray(picture))[None]))[0].permute(1, 2, 0).numpy()
         np.testing.assert_array_equal(got, wanted)
 
 
@@ -118,7 +118,9 @@ def test_network_is_the_published_one(tmp_path: Path) -> None:
     weights = draw_weights()
     scorer = OpenNsfw.from_h5(write_h5(tmp_path / "w.h5", weights))
     with torch.inference_mode():
-        wanted = keras_forward(weights, normalise(torch.from_numpy(np.stack([crop(p) for p in pictures()]))))
+        wanted = keras_forward(
+            weights, normalise(torch.from_numpy(np.stack([crop(Image.fromarray(p)) for p in pictures()])))
+        )
     got = scorer(pictures())["nsfw_score_opennsfw2"]
     np.testing.assert_allclose(got, wanted, atol=1e-5)
     assert abs(got[0] - got[1]) > 1e-3 and 0.01 < got.min() < got.max() < 0.99
