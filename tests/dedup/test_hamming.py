@@ -156,7 +156,7 @@ def test_partitions_of_tables_find_each_pair_once(count: int) -> None:
     """Pairs that fall on different workers and are missed, or are reported by two tables."""
     hashes = _planted(11, 2_000, 3)
     blocks = tuple(hamming_tables._deal(np.ones(64), count))
-    tables = Tables(3, blocks, 0, 0)
+    tables = Tables(3, blocks, hamming_tables._cover(count, 3, 3), 0, 0)
     found = []
     for table in range(len(tables)):
         part = tables.permute(hashes, table) >> np.uint64(61)  # eight workers
