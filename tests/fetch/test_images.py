@@ -202,9 +202,9 @@ def test_equal_input_gives_equal_bytes(form: str) -> None:
 
 
 def test_reduced_decoding_is_not_visibly_worse() -> None:
-    """DCT scaling saves its time by a blurred or shifted picture: at least 34 dB against full decode + area resize."""
+    """DCT scaling saves its time by a blurred or shifted picture: at least 44 dB against full decode + area resize."""
     for seed, (width, height) in enumerate(
-        [(1280, 853), (1024, 768), (1600, 1067), (853, 1280), (640, 480), (3000, 2000)]
+        [(1280, 853), (1024, 768), (1600, 1067), (853, 1280), (1150, 801), (3000, 2000)]
     ):
         data = encoded(scene(width, height, seed), quality=90)
         full = cv2.imdecode(np.frombuffer(data, np.uint8), cv2.IMREAD_COLOR)
@@ -212,11 +212,11 @@ def test_reduced_decoding_is_not_visibly_worse() -> None:
             picture = process(data, ImageSettings(size, "keep_ratio_largest", encode_format="png"))
             scale = size / max(width, height)
             area = cv2.resize(full, (round(width * scale), round(height * scale)), interpolation=cv2.INTER_AREA)
-            assert psnr(pixels(picture), area[:, :, ::-1]) > 34, (width, height, size)
+            assert psnr(pixels(picture), area[:, :, ::-1]) > 44, (width, height, size)
 
 
 def test_reduced_decoding_on_real_photographs(realdata: Path) -> None:
-    """As above, on pictures that nobody here made: median 38 dB, the worst 26 dB (drawn text)."""
+    """As above, on pictures that nobody here made: median 39 dB, the worst 28 dB (drawn text)."""
     for size in (256, 512):
         found = []
         for path in sorted(realdata.rglob("*.jpg"))[::3]:
@@ -229,7 +229,7 @@ def test_reduced_decoding_on_real_photographs(realdata: Path) -> None:
             target = (max(1, round(full.shape[1] * scale)), max(1, round(full.shape[0] * scale)))
             area = cv2.resize(full, target, interpolation=cv2.INTER_AREA)
             found.append(psnr(pixels(picture), area[:, :, ::-1]))
-        assert np.median(found) > 38 and min(found) > 26, (size, sorted(found)[:5])
+        assert np.median(found) > 39 and min(found) > 28, (size, sorted(found)[:5])
 
 
 def test_all_real_pictures_are_read(realdata: Path) -> None:
