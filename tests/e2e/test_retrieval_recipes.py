@@ -40,7 +40,7 @@ SCORE = {
     "clip_vitl14": {"scorer": "clip", "model": f"local-dir:{weights_dir()}"}, "phash": {"scorer": "phash"},
     "text": {"scorer": "text_stats"}, "facts": {"scorer": "text_facts"},
 }  # fmt: skip
-FETCH = {"allow_networks": ["127.0.0.1/32"], "timeout_s": 3, "retries": 0, "image_size": 128, "min_image_size": 32}
+FETCH = {"allow_networks": ["127.0.0.1/32"], "timeout_s": 60, "retries": 0, "image_size": 128, "min_image_size": 32}
 ENTRIES = ["red", "blue", "circle", "square", "a red", "house", "tree", "on", "white", "unheard of", "with", "two"]
 
 SAME, SAME_AS_REFERENCE = 0.97, 0.95  # cosine; in the place of SSCD's 0.6 and 0.45
