@@ -54,7 +54,8 @@ def remove(
     """Take samples back: erase them from the store and its releases, and never let them return.
 
     The latest release gets a successor without them; every release that held one is withdrawn. A killed removal is
-    finished by the same command. Without lists, earlier removals are applied to what came since. Not beside a run.
+    finished by the same command. Without lists, earlier removals are applied to what came since. Runs at this root
+    must have ended, and wait until this has.
     """
     from curate.emit.takeback import Lists, lines_of, take_back  # noqa: PLC0415  # only here
 

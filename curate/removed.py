@@ -112,6 +112,11 @@ def tombstones_of(store: Store) -> Tombstones:
     )  # fmt: skip
 
 
+def unfinished(store: Store) -> list[str]:
+    """Removals whose bytes may not all be erased yet: a kill came between."""
+    return [number for number in store.names(FOLDER) if not store.exists(f"{FOLDER}/{number}/done.json")]
+
+
 def refuse_images(batch: pa.RecordBatch, removed: Tombstones) -> pa.RecordBatch:
     """A batch of the images table with the bytes of removed ones gone, and their status saying so."""
     if not removed.hashes or "sha256" not in batch.schema.names:

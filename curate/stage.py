@@ -37,6 +37,7 @@ import pyarrow as pa
 
 from curate.errors import StageError
 from curate.metrics import Cost, Stopwatch, Ticker
+from curate.removed import FOLDER as REMOVALS
 from curate.removed import Tombstones, refuse_images, tombstones_of
 from curate.retry import Opened, opened
 from curate.schema import IMAGE, KEY, LOCATION_FIELDS, Shard, TableSpec
@@ -153,6 +154,7 @@ def run_shard(store: Store, stage: Stage, shard: Shard) -> ShardReport:
     if not missing:
         return ShardReport(stage.name, shard.name, shard.rows)
     stage.counters.clear()
+    removals = store.names(REMOVALS)
     with Stopwatch() as watch, ExitStack() as stack:
         reads = stage.reads(missing)
         table = _read(store, reads, shard.name)
@@ -178,6 +180,8 @@ def run_shard(store: Store, stage: Stage, shard: Shard) -> ShardReport:
         for result in tables.values():
             if "status" in result.column_names:
                 counts.update(result.column("status").to_pylist())
+        if store.names(REMOVALS) != removals:  # this worker outlived its run, and a removal came after it
+            raise StageError(f"{stage.name}: samples were removed while {shard.name} was in work; it is done again")
     # The tars are committed now; the Parquet file, which says that the shard is done, comes after.
     for spec in wanted:
         store.write(spec, shard, tables[spec.name], aligned_with=reads[0].table)

@@ -3,7 +3,7 @@
 A row stays, since rows never move, with its key and nothing else: text, URL, scores and embeddings become null, an
 image's status `removed`. In a tar the members of a sample become zeros of the same length under the name
 `<key>.removed0`, so that every other member keeps its place. Tars of adopted pools belong to someone else and are not
-touched. Doing it twice does nothing the second time.
+touched. Doing it twice does nothing the second time. What killed runs left, and no row names, is removed unread.
 """
 
 import os
@@ -20,7 +20,7 @@ import pyarrow.parquet as pq
 from curate.removed import REMOVED
 from curate.rows import MEMBER, SAMPLES
 from curate.schema import KEY
-from curate.store import ROWS_PER_GROUP, Store
+from curate.store import ROWS_PER_GROUP, UNFINISHED, Store
 from curate.tar import BLOCK, header, members
 
 _ZEROS_AT_ONCE = 2**20
@@ -46,6 +46,40 @@ def erase_tars(store: Store, folder: str, shards: frozenset[str], keys: frozense
     """Erase samples from the tars of these shards beside a table; returns how many tars changed."""
     tars = [name for name in store.names(folder) if name.endswith(".tar") and name.partition(".")[0] in shards]
     return sum(erase_members(store, f"{folder}/{name}", keys) for name in tars)
+
+
+def sweep(store: Store) -> int:
+    """Remove what killed runs left behind and nothing will read: half-written files, and beside each table the tars
+    that no committed row names. Nobody else may be at work. Returns how many files.
+    """
+    swept = 0
+    if store.is_local:  # elsewhere nothing is written in place
+        for path in Path(store.full("")).rglob(f"{UNFINISHED}*"):
+            path.unlink()
+            swept += 1
+    for folder in table_folders(store):
+        names = store.names(folder)
+        for shard in sorted({name.partition(".")[0] for name in names if name.endswith(".tar")}):
+            swept += _sweep_shard(store, folder, shard, names)
+    return swept
+
+
+def _sweep_shard(store: Store, folder: str, shard: str, names: list[str]) -> int:
+    """A shard that waits for `--retry` still needs its rows as they were, and their tar; a committed one does not."""
+    previous = f"{folder}/_previous/{shard}.parquet"
+    rows = f"{folder}/{shard}.parquet" if f"{shard}.parquet" in names else previous
+    try:
+        with store.open(rows) as handle:
+            alive = set(pq.read_table(handle, columns=["tar"]).column("tar").unique().to_pylist())
+    except FileNotFoundError:
+        alive = set()
+    dead = [f"{folder}/{name}" for name in names if name.endswith(".tar") and name.partition(".")[0] == shard]
+    dead = [tar for tar in dead if tar not in alive]
+    if rows != previous and store.exists(previous):
+        dead.append(previous)
+    for path in dead:
+        store.remove(path)
+    return len(dead)
 
 
 def erase_rows(store: Store, path: str, keys: frozenset[str]) -> bool:

@@ -7,13 +7,15 @@
     <root>/releases/latest                                  the name of the newest release; moves after everything else
     <root>/_work/emit/<fingerprint>/                        while it grows
 
-The fingerprint is the hash of all that determines the bytes. On a local disk a release grows below `_work` and is
-renamed when whole; on an object store, which cannot rename, it grows in its place and `release.json` makes it one.
-Releases are never changed. Two runs at once write either different folders or the same bytes.
+The fingerprint is the hash of all that determines the bytes. On a local disk a release grows below `_work`; when whole,
+its files get second names in a folder of the process, which is renamed. On an object store, which cannot rename, it
+grows in its place and `release.json` makes it one. Releases are never changed. Two runs at once write either different
+folders or the same bytes.
 """
 
 import hashlib
 import time
+import uuid
 from collections import Counter
 from collections.abc import Mapping, Sequence
 from contextlib import suppress
@@ -29,9 +31,11 @@ from curate.emit.facts import card_features, facts_of
 from curate.emit.passes import Build, order, pick, write
 from curate.emit.provenance import release_note, subset_note
 from curate.emit.shuffle import Group, deal, group
+from curate.emit.successor import carry
 from curate.emit.verify import NOTE, RELEASES, WITHDRAWN
 from curate.errors import PlanError
 from curate.metrics import Ticker
+from curate.presence import written_at
 from curate.rows import SAMPLES, clauses_path
 from curate.schema import Shard, TableSpec, fingerprint, inputs_of, pool_digest
 from curate.stage import CrossStep, Map
@@ -85,14 +89,14 @@ class EmitStep(CrossStep):
             try:
                 counts = self._build(build, shards, map_items, ticker)
                 self._publish(build)
-            except (FileNotFoundError, OSError):
+            except Exception:
                 if self._released(store) is None:  # else another run published it and cleared the work away
                     raise
         name = self._released(store)
         assert name is not None, "published above"
         if latest_release(store) != name:
             store.put_bytes(LATEST, f"{name}\n".encode())
-        store.remove_tree(work)
+        _clear(store, work)
         _sweep(store)
         return counts
 
@@ -184,17 +188,20 @@ class EmitStep(CrossStep):
         store.put_json(f"{target}/{NOTE}", release)
 
     def _publish(self, build: Build) -> None:
-        """Make a local release visible under its name; elsewhere it is where it belongs already."""
+        """Make a local release visible under its name; elsewhere it is where it belongs already.
+
+        Another run may still be writing below `target`: what it has not finished must not come along.
+        """
         store = build.store
+        place = f"{RELEASES}/{self._name(store)}"
         if not store.is_local or self._released(store) is not None:
             return
-        place = Path(store.full(f"{RELEASES}/{self._name(store)}"))
-        place.parent.mkdir(parents=True, exist_ok=True)
-        store.sweep(build.target)
-        for name in self._members:
-            store.sweep(f"{build.target}/{name}")
-        with suppress(FileExistsError):  # another run published the same bytes just now
-            Path(store.full(build.target)).rename(place)
+        mine = f"{build.work}/publish-{uuid.uuid4().hex[:12]}"
+        for name in files_of(store.get_json(f"{build.target}/{NOTE}")):
+            carry(store, f"{build.target}/{name}", f"{mine}/{name}")
+        Path(store.full(place)).parent.mkdir(parents=True, exist_ok=True)
+        # Fails when another run published the same bytes just now.
+        Path(store.full(mine)).rename(store.full(place))
 
     def _released(self, store: Store) -> str | None:
         """The name of the complete release with this fingerprint: the newest that was not withdrawn."""
@@ -249,6 +256,23 @@ def latest_release(store: Store) -> str | None:
         return None
 
 
+def files_of(release: Mapping[str, Any]) -> list[str]:
+    """Every file of a release, by its `release.json`."""
+    subsets = release["subsets"].items()
+    own = [f"{name}/{file}" for name, _ in subsets for file in ("sizes.json", "__len__")]
+    tars = [f"{name}/{file['name']}" for name, facts in subsets for file in facts["files"]]
+    return [*tars, *own, "README.md", "manifest.parquet", NOTE]
+
+
+def _clear(store: Store, folder: str) -> None:
+    """Remove a folder into which another run may be writing, or which it is removing as well."""
+    for _ in range(10):
+        with suppress(OSError):
+            store.remove_tree(folder)
+        if not store.exists(folder):
+            return
+
+
 def _sweep(store: Store) -> None:
     """Remove what killed runs of other releases left: once their release is there, or when a day went by."""
     notes = [store.get_json(f"{RELEASES}/{name}/{NOTE}") for name in store.names(RELEASES) if name != "latest"]
@@ -264,10 +288,7 @@ def _sweep(store: Store) -> None:
 
 def _is_old(store: Store, folder: str) -> bool:
     """Whether nothing in a folder was written for a day; False where the store does not tell."""
-    times = []
-    for info in store.fs.find(store.full(folder), detail=True).values():
-        found = info.get("mtime") or info.get("LastModified") or info.get("created") or time.time()
-        times.append(found if isinstance(found, float | int) else found.timestamp())
+    times = [written_at(info) for info in store.fs.find(store.full(folder), detail=True).values()]
     return bool(times) and time.time() - max(times) > DAY_S
 
 

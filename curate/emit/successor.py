@@ -167,7 +167,7 @@ def _subset(
             rows = rows.set_column(rows.schema.get_field_index("offset"), rows.schema.field("offset"), places)
         else:
             sums = {"bytes": piece.file["bytes"], "sha256": piece.file["sha256"]}
-            _carry(store, *paths)
+            carry(store, *paths)
         tar = pa.array([name] * rows.num_rows, pa.string())
         rows = rows.set_column(rows.schema.get_field_index("tar"), rows.schema.field("tar"), tar)
         writer.write_table(rows, row_group_size=max(1, rows.num_rows))
@@ -202,7 +202,7 @@ def _rewrite(store: Store, old: str, new: str, keys: frozenset[str]) -> tuple[di
     return offsets, {"bytes": hashed.bytes, "sha256": hashed.hexdigest()}
 
 
-def _carry(store: Store, old: str, new: str) -> None:
+def carry(store: Store, old: str, new: str) -> None:
     """The same bytes under a second name."""
     if not store.is_local:
         store.fs.cp_file(store.full(old), store.full(new))

@@ -3,13 +3,15 @@
 In this order, so that a kill anywhere is mended by running again:
 
     1  tombstones are written: from here on ingest, fetch and selection refuse what they name (`curate.removed`)
-    2  the samples that they mean are found, in tables and releases, and their keys written down
-    3  rows and bytes are erased in every table and tar of the store, scratch folders are emptied
-    4  the latest release gets a successor without them, and `latest` moves
-    5  every release that held one is withdrawn, its affected tars deleted
+    2  what killed runs left, and no row names, is swept
+    3  the samples that they mean are found, in tables and releases, and their keys written down
+    4  rows and bytes are erased in every table and tar of the store, scratch folders are emptied
+    5  the latest release gets a successor without them, and `latest` moves
+    6  every release that held one is withdrawn, its affected tars deleted
 
-Without lists it applies all tombstones again, to what came since. It must not run beside `curate run`. Not reached:
-tars of adopted pools, exports, copies that others made; the report counts the first.
+Without lists it applies all tombstones again, to what came since. It keeps runs out while it works, and does not begin
+beside one (`curate.presence`). Not reached: tars of adopted pools, exports, copies that others made, the temporary
+folder of a machine that was killed; the report counts the first.
 """
 
 from collections.abc import Callable, Iterable, Sequence
@@ -21,12 +23,13 @@ import fsspec
 import numpy as np
 import pyarrow.parquet as pq
 
-from curate.emit.erase import erase_shard, erase_tars, table_folders
+from curate.emit.erase import erase_shard, erase_tars, sweep, table_folders
 from curate.emit.step import LATEST, latest_release
 from curate.emit.successor import followers, groups_of, holds, releases, succeed, withdraw
 from curate.emit.verify import NOTE, RELEASES
 from curate.errors import PlanError
-from curate.removed import FOLDER, WATCHED, Tombstones, domain_of, tombstones_of, url_digest
+from curate.presence import present
+from curate.removed import FOLDER, WATCHED, Tombstones, domain_of, tombstones_of, unfinished, url_digest
 from curate.rows import SAMPLES
 from curate.schema import KEY, fingerprint
 from curate.store import Store
@@ -41,12 +44,15 @@ class TakenBack:
 
     samples: int = 0  # rows that the tombstones mean and that still held something
     files: int = 0  # Parquet files and tars of the store that were changed
+    swept: int = 0  # files that killed runs left
     adopted: int = 0  # images that lie in pools of others, and stay there
     withdrawn: list[str] = field(default_factory=list)
     latest: str | None = None
 
     def __str__(self) -> str:
         lines = [f"{self.samples:,} samples removed from {self.files:,} files of the store"]
+        if self.swept:
+            lines.append(f"{self.swept:,} files that killed runs had left were deleted")
         if self.adopted:
             lines.append(f"{self.adopted:,} of their images lie in adopted pools and were not touched there")
         lines += [f"withdrawn: {RELEASES}/{name}" for name in self.withdrawn]
@@ -93,7 +99,16 @@ def lines_of(path: str) -> list[str]:
 
 
 def take_back(store: Store, lists: Lists, on_progress: Callable[[str], None] = lambda _: None) -> TakenBack:
-    """Remove what the lists name, and what earlier tombstones name and came since. See the module's docstring."""
+    """Remove what the lists name, and what earlier tombstones name and came since. See the module's docstring.
+
+    Raises PlanError for an entry that is none, and while a run or another removal is at work here.
+    """
+    lists.note()  # refused before anything is touched
+    with present(store, "removal"):
+        return _take_back(store, lists, on_progress)
+
+
+def _take_back(store: Store, lists: Lists, on_progress: Callable[[str], None]) -> TakenBack:
     if lists.phashes:
         _check_phashes(store)
     _add(store, lists)
@@ -102,8 +117,11 @@ def take_back(store: Store, lists: Lists, on_progress: Callable[[str], None] = l
     report = TakenBack()
     if not removed:
         return report
+    report.swept = sweep(store)
+    undone = unfinished(store)
+    if undone and (removed.hashes or removed.phashes):
+        store.remove_tree("_scratch")  # bytes that no table has: any shard in work may hold them
     found = _found(store, removed)
-    undone = [number for number in store.names(FOLDER) if not store.exists(f"{FOLDER}/{number}/done.json")]
     if found.keys and not undone:
         undone = [_begin(store, {})]
     for number in undone:

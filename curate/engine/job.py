@@ -7,6 +7,7 @@ fails before any worker starts.
 
 import base64
 from collections.abc import Callable, Mapping, Sequence
+from contextlib import ExitStack
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -18,6 +19,7 @@ from curate.engine.driver import Driver
 from curate.engine.inline import InlineDriver
 from curate.errors import PlanError, StageError, StoreError
 from curate.metrics import Cost, progress, total
+from curate.presence import present
 from curate.retry import check_statuses, reopen, revised
 from curate.schema import Shard, TableSpec
 from curate.stage import CrossStep, ShardReport, Stage
@@ -56,6 +58,7 @@ class Job:
         self.tables: dict[str, TableSpec] = {}
         self.records: list[StepRecord] = []
         self._driver: Driver | None = None
+        self._at_work = ExitStack()
         self._open = driver or (lambda: open_driver(recipe.engine))
         check_statuses(retry - {"set_aside"})
         self._retry = retry
@@ -74,13 +77,19 @@ class Job:
         return {name: cause for record in self.records for name, cause in record.set_aside.items()}
 
     def close(self) -> None:
-        """Stop the engine if it was started."""
+        """Stop the engine if it was started, and let removals in again."""
         if self._driver is not None:
             self._driver.close()
             self._driver = None
+        self._at_work.close()
 
     def ingest(self, step: CrossStep) -> TableSpec:
-        """Bring new sources into the pool; afterwards `shards` is the whole pool."""
+        """Bring new sources into the pool; afterwards `shards` is the whole pool.
+
+        Raises PlanError while `curate remove` is at work at this root.
+        """
+        if not self.dry:
+            self._at_work.enter_context(present(self.store, "run"))
         (samples,) = step.tables
         self._register(step)
         self._across(step, [])

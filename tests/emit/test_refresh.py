@@ -13,7 +13,7 @@ import pytest
 from curate.config import IngestSettings
 from curate.emit.step import latest_release
 from curate.emit.takeback import Lists, take_back
-from curate.errors import PlanError
+from curate.errors import PlanError, StageError
 from curate.ingest.step import ingest_step
 from curate.metrics import progress
 from curate.schema import IMAGE, IMAGE_FIELDS, IMAGES_SCHEMA, KEY, Shard, TableSpec, inputs_of
@@ -96,6 +96,23 @@ def test_the_same_bytes_are_not_stored_again(tmp_path: Path) -> None:
     assert take_back(store, Lists()).samples == 1  # its caption and address go when it is swept
     url = store.read(SAMPLES, shard.name, ["url"]).column("url").to_pylist()
     assert url.count(None) == 1 and url[3] is None
+
+
+def test_a_worker_that_outlived_its_run_commits_nothing(tmp_path: Path) -> None:
+    """Guards against a picture that is stored after the removal that looked for it has passed."""
+
+    class Overtaken(_Served):
+        def process(self, task: Task, batches: Iterator[pa.RecordBatch]) -> Iterator[Mapping[str, pa.RecordBatch]]:
+            for outputs in super().process(task, batches):
+                take_back(store, Lists(domains=["host-0.example"]))
+                yield outputs
+
+    store = Store(str(tmp_path))
+    (shard,) = make_pool(store, shards=1, rows=20)
+    stage = Overtaken()
+    with pytest.raises(StageError, match="samples were removed while pool-0000 was in work"):
+        run_shard(store, stage, shard)
+    assert store.names(store.folder(stage.tables[0])) == []
 
 
 def test_alike_pictures_go_by_phash(tmp_path: Path) -> None:
