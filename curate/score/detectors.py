@@ -14,7 +14,6 @@ import pyarrow as pa
 from PIL import Image
 from pydantic import Field
 
-from curate.errors import ConfigError
 from curate.score.decode import Picture, Unscorable
 from curate.score.scorer import Device, ImageScorer, ModelSettings, ScorerSettings, Values
 from curate.score.weight_files import sha256_of
@@ -72,15 +71,12 @@ class OneFileScorer(DetectorScorer):
     """A detector in one file, `default` of the manifest unless an entry names another."""
 
     settings_type: ClassVar[type[ScorerSettings]] = WeightsSettings
-    default: ClassVar[str | None]
+    default: ClassVar[str]
     columns: ClassVar[tuple[str, ...]]
 
     def __init__(self, name: str, settings: WeightsSettings) -> None:
         super().__init__(name, settings)
-        chosen = settings.weights or self.default
-        if chosen is None:
-            raise ConfigError(f"score.{name}.weights: required; no file of this kind is published")
-        self.weights = WeightRef(f"score.{name}.weights", chosen)
+        self.weights = WeightRef(f"score.{name}.weights", settings.weights or self.default)
 
     @property
     def fields(self) -> tuple[pa.Field, ...]:
@@ -125,9 +121,9 @@ class OpenNsfwScorer(OneFileScorer):
 
 
 class GantmanScorer(OneFileScorer):
-    """`nsfw_score_gantman` and its five classes; an ONNX conversion of nsfw_model, which is not published as one."""
+    """`nsfw_score_gantman` and its five classes, by an ONNX conversion of nsfwjs's or nsfw_model's network."""
 
-    default = None
+    default = "gantman-mobilenet-v2"
     columns = ("nsfw_score_gantman", *(f"nsfw_gantman_{label}" for label in GANTMAN_LABELS))
 
     def open(self, device: Device) -> tuple[Shrink, Detect]:
@@ -175,9 +171,7 @@ class FacesScorer(DetectorScorer):
     def __init__(self, name: str, settings: FacesSettings) -> None:
         super().__init__(name, settings)
         self._settings = settings
-        chosen = settings.weights or ("yunet-n-dynamic" if settings.detector == "yunet" else None)
-        if chosen is None:
-            raise ConfigError(f"score.{name}.weights: required; an SCRFD file in ONNX form (insightface's models)")
+        chosen = settings.weights or {"yunet": "yunet-n-dynamic", "scrfd": "scrfd-10g"}[settings.detector]
         self._weights = WeightRef(f"score.{name}.weights", chosen)
 
     @property

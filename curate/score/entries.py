@@ -23,6 +23,7 @@ ENTRIES: dict[str, dict[str, Any]] = {
     "unsafe": {"scorer": "laion_nsfw", "features": "clip_vitl14"},
     "phash": {"scorer": "phash"},
     "text_stats": {"scorer": "text_stats"},
+    "text_tokens": {"scorer": "text_stats", "tokenizers": {"bert": "bert-base-uncased", "gpt": "gpt2"}},
     "faces": {"scorer": "faces"},
     "text": {"scorer": "text_density"},
     "text_read": {"scorer": "text_density", "recognize": True},
@@ -30,6 +31,7 @@ ENTRIES: dict[str, dict[str, Any]] = {
     "image_facts": {"scorer": "image_facts"},
     "watermark": {"scorer": "watermark"},
     "opennsfw2": {"scorer": "opennsfw2"},
+    "gantman": {"scorer": "gantman"},
     "text_masked": {"scorer": "clip_text_masked", "model": "ViT-L-14-quickgelu", "pretrained": "openai"},
     "webssl_light": {"scorer": "vlm_yes_no", "prompt": "webssl_light"},
     "webssl_heavy": {"scorer": "vlm_yes_no", "prompt": "webssl_heavy"},
@@ -69,7 +71,8 @@ def choose(names: Sequence[str], own: Section | None = None) -> Choice:
         whole = name in (entry, known[entry]["scorer"])  # `text_density` is a scorer of three columns, and one of them
         wanted = ([f.name for f in scorer.fields] or columns[entry]) if whole else [name]
         shown += [column for column in wanted if column not in shown]
-    return Choice(section, shown)
+    wider = {name for name in section for other in section if set(columns[name]) < set(columns[other])}
+    return Choice({name: entry for name, entry in section.items() if name not in wider}, shown)
 
 
 def _built(name: str, known: Section) -> Scorer | None:

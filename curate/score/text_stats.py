@@ -1,8 +1,8 @@
 """`text_length` and `word_count`, as COYO publishes them, and token counts by tokenizers that lie on this machine.
 
 `text_length` is in characters (code points); `word_count` counts words separated by white space. Token counts
-(`num_tokens_<name>`) leave out the special tokens; COYO's are by BertTokenizer and GPT2TokenizerFast (RECIPES 9), whose
-`tokenizer.json` the user names: `tokenizers: {bert: PATH, gpt: PATH}`.
+(`num_tokens_<name>`) leave out the special tokens; COYO's are by BertTokenizer and GPT2TokenizerFast (RECIPES 9):
+`tokenizers: {bert: bert-base-uncased, gpt: gpt2}`, two names of the weights manifest.
 
 `collapse_whitespace: true` is COYO's second text rule: runs of white space become one space, ends are stripped, before
 anything is counted. The column `text` holds the result, which takes the place of the source's (then `source_text`) in
@@ -16,13 +16,12 @@ from typing import Any, ClassVar
 import pyarrow as pa
 from pydantic import Field
 
-from curate.errors import WeightsError
 from curate.score.scorer import Device, ScorerSettings, TextScorer, Values
-from curate.score.weight_files import sha256_of
+from curate.score.weight_ref import WeightRef
 
 
 class TextStatsSettings(ScorerSettings):
-    """`tokenizers`: column suffix to a `tokenizer.json` of the `tokenizers` library, or a folder that holds one."""
+    """`tokenizers`: column suffix to a name of the weights manifest, a `tokenizer.json`, or a folder that holds one."""
 
     tokenizers: dict[str, str] = Field(default_factory=dict)
     collapse_whitespace: bool = False
@@ -36,7 +35,10 @@ class TextStatsScorer(TextScorer):
     def __init__(self, name: str, settings: TextStatsSettings) -> None:
         super().__init__(name, settings)
         self._collapse = settings.collapse_whitespace
-        self._files = {suffix: _tokenizer_file(path) for suffix, path in sorted(settings.tokenizers.items())}
+        self._files = {
+            suffix: _tokenizer_file(f"score.{name}.tokenizers.{suffix}", given)
+            for suffix, given in sorted(settings.tokenizers.items())
+        }
         self._tokenizers: dict[str, Any] = {}
 
     @property
@@ -48,20 +50,19 @@ class TextStatsScorer(TextScorer):
 
     def identity(self) -> Mapping[str, Any]:
         """The tokenizers by content."""
-        return {"tokenizers": {suffix: sha256_of(file) for suffix, file in self._files.items() if file.is_file()}}
+        return {"tokenizers": {suffix: file.sha256 for suffix, file in self._files.items() if file.sha256}}
 
     def check(self) -> None:
         """Raises WeightsError when a tokenizer file is not there."""
-        for suffix, file in self._files.items():
-            if not file.is_file():
-                raise WeightsError(f"score.{self.name}.tokenizers.{suffix}: no file {file}; save the tokenizer there")
+        for file in self._files.values():
+            file.path()
 
     def load(self, device: Device) -> None:
         """Open the tokenizers."""
         if self._files:
             from tokenizers import Tokenizer  # noqa: PLC0415  # only where token counts were asked for
 
-            self._tokenizers = {suffix: Tokenizer.from_file(str(file)) for suffix, file in self._files.items()}
+            self._tokenizers = {suffix: Tokenizer.from_file(str(file.path())) for suffix, file in self._files.items()}
             for tokenizer in self._tokenizers.values():
                 tokenizer.no_truncation()
                 tokenizer.no_padding()
@@ -81,6 +82,6 @@ class TextStatsScorer(TextScorer):
         return columns
 
 
-def _tokenizer_file(path: str) -> Path:
-    given = Path(path).expanduser().absolute()
-    return given / "tokenizer.json" if given.is_dir() else given
+def _tokenizer_file(where: str, given: str) -> WeightRef:
+    folder = Path(given).expanduser()
+    return WeightRef(where, str(folder / "tokenizer.json") if folder.is_dir() else given)

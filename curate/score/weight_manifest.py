@@ -1,5 +1,7 @@
-"""The manifest itself: one literal list, read by `weights.py`. Facts only; hashes are of the published files.
+"""The manifest itself: one literal list, read by `weights.py`. Facts only.
 
+Hashes are of the published files. Where an author gives none (SSCD, SCRFD), the hash is the one that several projects
+pin independently for the same file; where none could be found, the first pull pins what it got (`weights.py`).
 `hub` entries are (repository, file) of the Hugging Face hub; `url` entries are plain downloads.
 """
 
@@ -107,12 +109,24 @@ _ENTRIES = (
         url="https://github.com/bhky/opennsfw2/releases/download/v0.1.0/open_nsfw_weights.h5",
     ),
     Weight(
+        "gantman-mobilenet-v2", "MIT", "image 224, 0..1; five classes",
+        "156c96cc316ab234fc2f57afe3acfc8dea118d97d3021d201f5d09e5288fd72f", 10_511_444,
+        note="nsfwjs's MobileNet v2 (infinitered/nsfwjs, GantMan/nsfw_model) converted to ONNX, e.g. with tf2onnx; no "
+        "such file is published: name your own by `weights: FILE`",
+    ),
+    Weight(
+        "scrfd-10g", "non-commercial research only (insightface)", "image 640, mean 127.5, deviation 128",
+        "5838f7fe053675b1c7a08b633df49e7af5495cee0493c7dcf6697200b85b5b91", 16_923_827,
+        hub=("public-data/insightface", "models/buffalo_l/det_10g.onnx"),
+    ),
+    Weight(
         "laion-watermark", "MIT", "image 256, ImageNet mean and deviation",
         url="https://github.com/LAION-AI/LAION-5B-WatermarkDetection/raw/main/models/watermark_model_v1.pt",
     ),
     Weight(
         "sscd-disc-mixup", "MIT", "image 320 or shorter side 288, ImageNet mean and deviation; a TorchScript file",
-        url="https://dl.fbaipublicfiles.com/sscd-copy-detection/sscd_disc_mixup.torchscript.pt",
+        "9f26bd4c848cc19b73d2ae92eea6e04886f61a7b764ceb7a13aeee62e6a6db56", 98_791_638,
+        "https://dl.fbaipublicfiles.com/sscd-copy-detection/sscd_disc_mixup.torchscript.pt",
     ),
     Weight(
         "sscd-disc-large", "MIT", "as sscd-disc-mixup; 1024 numbers",
@@ -123,6 +137,11 @@ _ENTRIES = (
         hub=("HuggingFaceTB/SmolVLM2-2.2B-Instruct", "model.safetensors.index.json"),
         whole=True,
     ),
+    Weight(
+        "bert-base-uncased", "Apache-2.0", "text; for num_tokens_bert (COYO does not say which BERT vocabulary)",
+        hub=("google-bert/bert-base-uncased", "tokenizer.json"),
+    ),
+    Weight("gpt2", "MIT", "text; for num_tokens_gpt", hub=("openai-community/gpt2", "tokenizer.json")),
     Weight(
         "dinov2-base", "Apache-2.0", "image 224", hub=("facebook/dinov2-base", "model.safetensors"), whole=True,
     ),

@@ -5,8 +5,9 @@ A file is looked for in this order, and known by its sha256 whatever its name or
     the cache folder         where `curate weights pull` puts files
     the Hugging Face cache   for entries that come from the hub, whose own hashes the hub's client checks
 
-Nothing is downloaded but by `pull`. Entries without sha256 come from the hub, or were published without one: those are
-known by their file name, and by what was first pulled.
+Nothing is downloaded but by `pull`. A file that was published without a sha256 is pinned by its first pull (FILE.sha256
+beside it), and from then on known by that content. Where nothing was pulled, a file of the published name in a folder
+that the user gave is taken at the user's word: `unverified`, with its sha256 in every table's identity.
 """
 
 import os
@@ -14,6 +15,7 @@ import urllib.error
 import urllib.request
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
+from itertools import chain
 from pathlib import Path
 
 from huggingface_hub import hf_hub_download, snapshot_download, try_to_load_from_cache
@@ -51,14 +53,13 @@ def by_clip_tag(model: str, pretrained: str) -> Weight | None:
 
 def find(weight: Weight) -> Path | None:
     """The file on this machine, or None. Reads no file but to hash one of the right size."""
-    if weight.sha256 is not None:
-        for folder in folders():
-            for file in _candidates(folder, weight):
-                if sha256_of(file) == weight.sha256:
-                    return file
-    elif weight.url is not None:
-        alike = (file for folder in folders() for file in files_below(folder) if file.name == weight.file_name)
-        return next(alike, None)
+    known = weight.sha256 or _pin(weight)
+    if known is not None:
+        held = (file for folder in folders() for file in _candidates(folder, weight))
+        cached = in_hub_cache(*weight.hub) if weight.hub is not None else None
+        return next((file for file in chain(held, [cached] if cached else []) if sha256_of(file) == known), None)
+    if weight.url is not None:
+        return next(_namesakes(weight), None)
     return in_hub_cache(*weight.hub) if weight.hub is not None else None
 
 
@@ -66,10 +67,9 @@ def require(name: str, where: str) -> Path:
     """The file of a named entry. Raises WeightsError with the command that gets it; `where` is what asks."""
     found = find(named(name))
     if found is None:
-        raise WeightsError(
-            f"{where}: {name} is not on this machine; `curate weights pull {name}`, or set CURATE_WEIGHTS to a folder "
-            "that holds it"
-        )
+        weight = named(name)
+        how = f"`curate weights pull {name}`" if weight.url or weight.hub else weight.note
+        raise WeightsError(f"{where}: {name} is not on this machine; {how}, or set CURATE_WEIGHTS to its folder")
     return found
 
 
@@ -91,9 +91,9 @@ def ls() -> list[Held]:
 
 
 def check(names: Sequence[str] = ()) -> list[tuple[Weight, str]]:
-    """(entry, `ok`, `missing` or `wrong content`) of the named entries, or of all.
+    """(entry, `ok`, `unverified`, `missing` or `wrong content`) of the named entries, or of all.
 
-    A file that bears an entry's published name and has other content is `wrong content`.
+    `wrong content`: a file of the published name and other content. `unverified`: no content is known to compare with.
     """
     return [(weight, _state(weight)) for weight in ([named(name) for name in names] or MANIFEST.values())]
 
@@ -109,9 +109,29 @@ def pull(names: Iterable[str], on_bytes: Callable[[int, int | None], None] = lam
 
 def _state(weight: Weight) -> str:
     if find(weight) is not None:
-        return "ok"
-    alike = (file for folder in folders() for file in files_below(folder) if file.name == weight.file_name)
-    return "wrong content" if next(alike, None) else "missing"
+        return "ok" if weight.sha256 or weight.hub or _pin(weight) else "unverified"
+    return "wrong content" if next(_namesakes(weight), None) else "missing"
+
+
+def _namesakes(weight: Weight) -> Iterator[Path]:
+    return (file for folder in folders() for file in files_below(folder) if file.name == weight.file_name)
+
+
+def _pin(weight: Weight) -> str | None:
+    """The content that was first pulled, of a file whose sha256 nobody published."""
+    if weight.sha256 is not None or weight.url is None:
+        return None
+    pin = _pin_file(weight)
+    return pin.read_text().strip() if pin.is_file() else None
+
+
+def _pin_file(weight: Weight) -> Path:
+    target = _target(weight)
+    return target.with_name(f"{target.name}.sha256")
+
+
+def _target(weight: Weight) -> Path:
+    return _pulled() / weight.name / weight.file_name
 
 
 def _candidates(folder: Path, weight: Weight) -> Iterator[Path]:
@@ -133,8 +153,8 @@ def _download(weight: Weight, on_bytes: Callable[[int, int | None], None]) -> Pa
         except (HfHubHTTPError, LocalEntryNotFoundError, OSError) as error:
             raise WeightsError(f"{weight.name}: {weight.source} could not be had: {_first_line(error)}") from None
     if weight.url is None:
-        raise WeightsError(f"{weight.name}: no public source; {weight.source}")
-    target = _pulled() / weight.name / weight.file_name
+        raise WeightsError(f"{weight.name}: not to be had as a file: {weight.note}")
+    target = _target(weight)
     part = target.with_name(f"{target.name}.part")
     part.parent.mkdir(parents=True, exist_ok=True)
     try:
@@ -144,9 +164,13 @@ def _download(weight: Weight, on_bytes: Callable[[int, int | None], None]) -> Pa
             f"{weight.name}: {weight.url} could not be had: {_first_line(error)}; run the command again to resume"
         ) from None
     found = sha256_of(part)
-    if weight.sha256 is not None and found != weight.sha256:
+    known = weight.sha256 or _pin(weight)
+    if known is not None and found != known:
         part.unlink()
-        raise WeightsError(f"{weight.name}: {weight.url} gave sha256 {found}, the manifest has {weight.sha256}")
+        whose = "the manifest has" if weight.sha256 else f"{_pin_file(weight)}, of the first pull, has"
+        raise WeightsError(f"{weight.name}: {weight.url} gave sha256 {found}, {whose} {known}")
+    if known is None:
+        _pin_file(weight).write_text(f"{found}\n")
     part.replace(target)
     return target
 

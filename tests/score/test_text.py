@@ -35,7 +35,7 @@ def loaded(entry: dict[str, object]) -> TextScorer:
     return scorer
 
 
-def test_counts_of_characters_words_and_tokens(tmp_path: Path) -> None:
+def test_counts_of_characters_words_and_tokens(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Guards against special tokens, padding or truncation being counted, and bytes for characters."""
     made = tokenizer()
     made.enable_truncation(5)
@@ -46,7 +46,10 @@ def test_counts_of_characters_words_and_tokens(tmp_path: Path) -> None:
     assert found["word_count"] == [3, 0, 9, 2, 1, 700, 2]
     assert found["num_tokens_bert"] == [3, 0, 10, 2, 1, 700, 2]
     with pytest.raises(WeightsError, match=r"score\.x\.tokenizers\.gpt: no file"):
-        loaded({"scorer": "text_stats", "tokenizers": {"gpt": str(tmp_path / "none")}})
+        loaded({"scorer": "text_stats", "tokenizers": {"gpt": str(tmp_path / "none.json")}})
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_CACHE", str(tmp_path))
+    with pytest.raises(WeightsError, match=r"score\.x\.tokenizers\.bert: .*`curate weights pull bert-base-uncased`"):
+        loaded({"scorer": "text_stats", "tokenizers": {"bert": "bert-base-uncased", "gpt": "gpt2"}})
 
 
 @pytest.mark.parametrize("activation", ["softmax", "sigmoid"])

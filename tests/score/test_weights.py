@@ -121,7 +121,7 @@ def test_the_manifest_is_whole() -> None:
     """Guards against an entry that cannot be had, or whose licence or input nobody wrote down."""
     for weight in weights.ls():
         item = weight.weight
-        assert item.licence and item.input and item.source and (item.url or item.hub)
+        assert item.licence and item.input and item.source and (item.url or item.hub or item.sha256)
         assert item.sha256 is None or len(item.sha256) == 64
 
 
@@ -131,4 +131,30 @@ def test_published_files_are_recognised(place: Path, monkeypatch: pytest.MonkeyP
     monkeypatch.setenv("CURATE_WEIGHTS", str(Path(str(SHARED), "reference")))
     found = {held.weight.name: held.path for held in weights.ls() if held.path is not None}
     assert {"laion-nsfw-l14", "laion-nsfw-b32", "yunet-n-dynamic", "yunet-n-640", "aesthetic-v1-b16"} <= set(found)
+    assert "gantman-mobilenet-v2" in found
     assert found["aesthetic-v2-sac-logos-ava1-l14-linear"].name == "sac+logos+ava1-l14-linearMSE.pth"  # type: ignore[union-attr]
+
+
+def test_a_file_without_published_sha256_is_pinned_by_its_first_pull(
+    place: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Guards against another content of the same name being taken once the first was seen, from folder or server."""
+    with served() as (url, _):
+        monkeypatch.setitem(MANIFEST, "toy", Weight("toy", "MIT", "nothing", url=url))
+        given = place / "given" / "a model.onnx"
+        given.parent.mkdir()
+        given.write_bytes(b"the user's word")
+        assert weights.check(["toy"]) == [(MANIFEST["toy"], "unverified")]
+        given.unlink()
+        (pulled,) = weights.pull(["toy"])
+        assert weights.check(["toy"]) == [(MANIFEST["toy"], "ok")]
+        given.write_bytes(b"x" * len(CONTENT))
+        assert weights.find(MANIFEST["toy"]) == pulled
+        pulled.write_bytes(b"y" * len(CONTENT))
+        os.utime(pulled, ns=(1, 1))
+        assert weights.check(["toy"]) == [(MANIFEST["toy"], "wrong content")]
+        assert weights.pull(["toy"]) == [pulled] and pulled.read_bytes() == CONTENT
+        monkeypatch.setattr(f"{__name__}.CONTENT", CONTENT[::-1])
+        pulled.unlink()
+        with pytest.raises(WeightsError, match="of the first pull, has"):
+            weights.pull(["toy"])
