@@ -260,6 +260,8 @@ def weights_pull(names: Annotated[list[str], typer.Argument(help="Names as `cura
 
             (path,) = weights.pull([name], tell)
         out.print(f"{name}: {path}", markup=False, soft_wrap=True)
+        if weights.check([name])[0][0].sha256 is None:
+            out.print("  nobody published its sha256: from now on only what came now is taken", markup=False)
 
 
 @weights_app.command("check")
@@ -273,7 +275,7 @@ def weights_check(
     states = weights.check(names or [])
     for weight, state in states:
         out.print(f"{weight.name}: {state}", markup=False)
-    if names and any(state != "ok" for _, state in states):
+    if names and any(state in ("missing", "wrong content") for _, state in states):
         raise WeightsError("not all are here; `curate weights pull NAME` gets them")
 
 
