@@ -30,11 +30,12 @@ def as_rgb(image: Uint8) -> Uint8:
     return flat
 
 
-def fit(image: Uint8, side: int) -> Uint8:
+def fit(image: Uint8, side: int, *, smooth: bool = False) -> Uint8:
     """Shrink a picture to uint8 [h, w, 3] with longer side at most `side` pixels; smaller ones stay as they are.
 
     Halved by whole pixels while it is more than twice too large, then bilinear, as these detectors' own code shrinks:
-    0.7 ms from 1024 to 736 pixels, where one INTER_AREA takes 5.0.
+    0.7 ms from 1024 to 736 pixels. `smooth`: each pixel the mean of its area, 5.0 ms; small letters need it (AUC of
+    heavy text 0.995 and not 0.994).
     """
     rgb = as_rgb(image)
     height, width = rgb.shape[:2]
@@ -42,9 +43,9 @@ def fit(image: Uint8, side: int) -> Uint8:
     if scale >= 1.0:
         return rgb
     size = (max(1, round(width * scale)), max(1, round(height * scale)))
-    while rgb.shape[1] >= 2 * size[0] and rgb.shape[0] >= 2 * size[1]:
+    while not smooth and rgb.shape[1] >= 2 * size[0] and rgb.shape[0] >= 2 * size[1]:
         rgb = _resized(rgb, (rgb.shape[1] // 2, rgb.shape[0] // 2), cv2.INTER_AREA)
-    return _resized(rgb, size, cv2.INTER_LINEAR)
+    return _resized(rgb, size, cv2.INTER_AREA if smooth else cv2.INTER_LINEAR)
 
 
 def _resized(rgb: Uint8, size: tuple[int, int], how: int) -> Uint8:

@@ -212,8 +212,6 @@ class TextDensitySettings(WeightsSettings):
 class TextDensityScorer(DetectorScorer):
     """`text_area`, `text_boxes`, `text_density`, by the detector in the rapidocr wheel or another of PP-OCR (ONNX)."""
 
-    version = 2  # shrunk by halves, then bilinear
-
     settings_type: ClassVar[type[ScorerSettings]] = TextDensitySettings
 
     def __init__(self, name: str, settings: TextDensitySettings) -> None:

@@ -70,7 +70,7 @@ class TextView:
     __slots__ = ("pixels", "regions")
 
     def __init__(self, picture: Uint8) -> None:
-        self.pixels = fit(picture, PYRAMID[0][0])
+        self.pixels = fit(picture, PYRAMID[0][0], smooth=True)
         self.regions: TextRegions | None = None
 
 
@@ -126,14 +126,14 @@ class TextDetector:
         """Text regions of each picture."""
         found: list[TextRegions] = []
         for start in range(0, len(images), self._batch_size):
-            pictures = [fit(image, PYRAMID[0][0]) for image in images[start : start + self._batch_size]]
+            pictures = [fit(image, PYRAMID[0][0], smooth=True) for image in images[start : start + self._batch_size]]
             levels = [list(self._level(pictures, *level)) for level in PYRAMID]
             found += [_merged(parts) for parts in zip(*levels, strict=True)]
         return found
 
     def _level(self, pictures: Sequence[Uint8], side: int, least: float, greatest: float) -> Iterator[TextRegions]:
         """Regions that one canvas of the pyramid is believed for."""
-        fitted = [fit(picture, side) for picture in pictures]
+        fitted = [fit(picture, side, smooth=True) for picture in pictures]
         pixels = blob(fitted, side, fill=127, mean=127.5, scale=1 / 127.5, bgr=True)
         probability = self._session.run(None, {self._input: pixels})[0]
         for row, picture in enumerate(fitted):

@@ -50,7 +50,6 @@ class Unmasked:
 class TextMaskedScorer(ImageScorer[Unmasked]):
     """CLIP on pictures whose text was painted over."""
 
-    version = 2  # regions are found in the picture shrunk by halves, then bilinear
     settings_type: ClassVar[type[ScorerSettings]] = TextMaskedSettings
     reads_text: ClassVar[bool] = True
 
