@@ -1,6 +1,7 @@
 """A release described in Croissant 1.0 (mlcommons.org/croissant): files with their sha256, columns with their types.
 
-JSON-LD written from `release.json` and the manifest's schema; it says nothing that these do not.
+JSON-LD written from `release.json` and the manifest's schema; it says nothing that these do not. Read back with
+mlcroissant 1.1: no error, all rows of the manifest, all pictures.
 """
 
 import json
@@ -14,15 +15,18 @@ import pyarrow.parquet as pq
 from curate.errors import PlanError
 from curate.store import Store
 
+# Terms of Croissant 1.0. `containedIn` is schema.org's there: it must not be among them.
+_TERMS = (
+    "citeAs", "column", "equivalentProperty", "extract", "field", "fileObject", "fileProperty", "fileSet", "format",
+    "includes", "isLiveDataset", "jsonPath", "key", "md5", "parentField", "path", "recordSet", "references", "regex",
+    "repeated", "replace", "samplingRate", "separator", "source", "subField", "transform",
+)  # fmt: skip
 CONTEXT: Mapping[str, Any] = {
     "@language": "en", "@vocab": "https://schema.org/", "sc": "https://schema.org/",
-    "cr": "http://mlcommons.org/croissant/", "dct": "http://purl.org/dc/terms/",
-    "citeAs": "cr:citeAs", "column": "cr:column", "conformsTo": "dct:conformsTo", "containedIn": "cr:containedIn",
-    "data": {"@id": "cr:data", "@type": "@json"}, "dataType": {"@id": "cr:dataType", "@type": "@vocab"},
-    "extract": "cr:extract", "field": "cr:field", "fileProperty": "cr:fileProperty", "fileObject": "cr:fileObject",
-    "fileSet": "cr:fileSet", "includes": "cr:includes", "key": "cr:key", "md5": "cr:md5", "recordSet": "cr:recordSet",
-    "references": "cr:references", "regex": "cr:regex", "repeated": "cr:repeated", "source": "cr:source",
-    "transform": "cr:transform",
+    "cr": "http://mlcommons.org/croissant/", "rai": "http://mlcommons.org/croissant/RAI/",
+    "dct": "http://purl.org/dc/terms/", "conformsTo": "dct:conformsTo",
+    "data": {"@id": "cr:data", "@type": "@json"}, "examples": {"@id": "cr:examples", "@type": "@json"},
+    "dataType": {"@id": "cr:dataType", "@type": "@vocab"}, **{term: f"cr:{term}" for term in _TERMS},
 }  # fmt: skip
 
 
@@ -49,11 +53,12 @@ def croissant(note: Mapping[str, Any], subset: str, schema: pa.Schema) -> dict[s
     tars = [
         _file(f"{subset}/{file['name']}", "application/x-tar", file["sha256"], file["bytes"]) for file in facts["files"]
     ]
+    names = ["*.jpg"] if note["emit"]["image_names"] == "jpg" else ["*.jpg", "*.png", "*.webp"]
     images = {
-        "@type": "cr:FileSet", "@id": "images", "encodingFormat": "image/jpeg", "includes": "*.jpg",
+        "@type": "cr:FileSet", "@id": "images", "encodingFormat": "image/jpeg", "includes": names,
         "containedIn": [{"@id": tar["@id"]} for tar in tars],
     }  # fmt: skip
-    names = [field for field in schema if field.name not in ("offset", "length")]
+    columns = [field for field in schema if field.name not in ("offset", "length")]
     return {
         "@context": dict(CONTEXT), "@type": "sc:Dataset", "conformsTo": "http://mlcommons.org/croissant/1.0",
         "name": f"{subset}-{note['fingerprint'][:8]}", "version": f"1.0.0+{note['fingerprint']}",
@@ -63,12 +68,12 @@ def croissant(note: Mapping[str, Any], subset: str, schema: pa.Schema) -> dict[s
         ],
         "recordSet": [
             {"@type": "cr:RecordSet", "@id": "samples", "key": {"@id": "samples/key"},
-             "field": [_column(field) for field in names]},
+             "field": [_column(field) for field in columns]},
             {"@type": "cr:RecordSet", "@id": "pictures", "key": {"@id": "pictures/key"}, "field": [
                 {"@type": "cr:Field", "@id": "pictures/key", "dataType": "sc:Text",
                  "references": {"field": {"@id": "samples/key"}},
                  "source": {"fileSet": {"@id": "images"}, "extract": {"fileProperty": "filename"},
-                            "transform": {"regex": r"^([0-9a-f]{32})\.jpg$"}}},
+                            "transform": {"regex": "^([0-9a-f]{32})"}}},  # some readers give the name without its end
                 {"@type": "cr:Field", "@id": "pictures/image", "dataType": "sc:ImageObject",
                  "source": {"fileSet": {"@id": "images"}, "extract": {"fileProperty": "content"}}},
             ]},

@@ -126,6 +126,7 @@ def test_croissant_names_files_and_columns_that_are_there(release: Path, tmp_pat
     """Guards against metadata of other files than those that lie there, and references to nothing."""
     tree = json.loads(EXPORTS["croissant"](str(release), "good", tmp_path).read_text())
     assert tree["conformsTo"] == "http://mlcommons.org/croissant/1.0"
+    assert "containedIn" not in tree["@context"]  # else mlcroissant finds no picture: the term is schema.org's
     files = {entry["@id"]: entry for entry in tree["distribution"]}
     for name, entry in files.items():
         if entry["@type"] == "cr:FileObject":
