@@ -61,12 +61,11 @@ def in_the_way(store: Store, mine: str) -> list[str]:
     """Names of those who are at work and must not be beside `mine`; what the dead left is removed."""
     found = []
     for name in store.names(FOLDER):
-        apart = "removal" in (name.partition("-")[0], mine.partition("-")[0])
-        if name == mine or not apart:
+        if name == mine:
             continue
         if _is_gone(store, name, mine):
             store.remove(f"{FOLDER}/{name}")
-        else:
+        elif "removal" in (name.partition("-")[0], mine.partition("-")[0]):
             found.append(name.removesuffix(".json"))
     return found
 
