@@ -4,11 +4,11 @@
     python benchmarks/bench_score.py --with all --images DIR  every scorer whose weights are here, on real images
     python benchmarks/bench_score.py --device cuda --model ViT-L-14-quickgelu --count 4096
 
-`bare` decodes with Pillow and runs the same networks on tensors that lie ready; `stage` is run_shard on a store:
-reading the tar, decoding, preprocessing, batching, the same networks, Arrow, Parquet. CPU-seconds are of this process;
-rounds alternate and the least of each counts, since this machine is shared. Random weights cost what trained ones cost.
-
-Bare is decode + forward; `/ all three` counts the preprocessing as well, in which light scorers do all their work.
+Bare is decode + forward: Pillow, and the same networks on inputs that lie ready (pHash and image facts, which have no
+network, on decoded pixels). Preprocessing (resize, normalise, tokenize) is in neither; its column is for information.
+`stage` is run_shard on a store: reading the tar, decoding, preprocessing, batching, the same networks, Arrow, Parquet.
+CPU-seconds are of this process; rounds alternate and the least of each counts, since this machine is shared. Random
+weights cost what trained ones cost.
 
 Floor: stage <= 1.15 x bare in CPU-seconds on a CPU (`--assert-floor`); 0.9 of the bare rate on a GPU.
 """
@@ -129,7 +129,7 @@ def timed(call: Callable[[], object], device: str) -> Cost:
 
 
 class Bare:
-    """Decode, and the scorers' networks on inputs that lie ready; nothing else."""
+    """Decode, and what the scorers compute on inputs that lie ready; nothing else."""
 
     def __init__(self, scorers: Sequence[Scorer], work: Work) -> None:
         self.work = work
@@ -137,33 +137,39 @@ class Bare:
         self.heads = [scorer for scorer in scorers if isinstance(scorer, FeatureScorer)]
         for scorer in scorers:
             scorer.load(device_of(scorer))
-        pictures = [found for found in map(decode, work.images) if isinstance(found, Picture)]
-        pairs = list(zip(pictures, work.texts, strict=True))
-        self.ready = {scorer.name: [scorer.prepare(*pair) for pair in pairs] for scorer in self.images}
-        self.prepares = {scorer.name: (scorer, pairs) for scorer in self.images}
+        self.pictures: list[Picture] = []
+        self.ready: dict[str, list[Any]] = {}
 
     def decode(self) -> None:
         """Every image once, to RGB pixels."""
-        for data in self.work.images:
-            found = decode(data)
-            assert isinstance(found, Picture)
-            found.pixels  # noqa: B018  # the conversion is the work
+        self.pictures = [found for found in map(decode, self.work.images) if isinstance(found, Picture)]
+        for picture in self.pictures:
+            picture.pixels  # noqa: B018  # the conversion is the work
 
-    def forward(self, scorer: ImageScorer[Any]) -> None:
-        """The network in its own batches; texts once each."""
-        scorer.begin()
-        ready = self.ready[scorer.name]
-        for start in range(0, len(ready), scorer.batch_size):
-            columns = scorer.score(ready[start : start + scorer.batch_size])
-        for head in self.heads:
-            if head.source == scorer.name:
-                head.score(np.asarray(columns[f"{scorer.name}_image"], dtype=np.float32))
+    def prepare(self) -> None:
+        """Preprocessing of decoded images for the networks: part of the stage, and of no bare figure."""
+        pairs = list(zip(self.pictures, self.work.texts, strict=True))
+        self.ready = {scorer.name: [scorer.prepare(*pair) for pair in pairs] for scorer in self.networks}
 
-    def prepare(self, scorer: ImageScorer[Any]) -> None:
-        """The library's own preprocessing of decoded images: part of the stage, and of neither bare figure."""
-        _, pairs = self.prepares[scorer.name]
-        for pair in pairs:
-            scorer.prepare(*pair)
+    @property
+    def networks(self) -> list[ImageScorer[Any]]:
+        """Scorers that run a network."""
+        return [scorer for scorer in self.images if scorer.how is not None]
+
+    def forward(self) -> None:
+        """The networks in their own batches, texts once each; pHash and image facts, which have none, on pixels."""
+        for scorer in self.images:
+            scorer.begin()
+            if scorer.how is None:
+                for picture in self.pictures:
+                    scorer.prepare(picture, None)
+                continue
+            ready = self.ready[scorer.name]
+            for start in range(0, len(ready), scorer.batch_size):
+                columns = scorer.score(ready[start : start + scorer.batch_size])
+                for head in self.heads:
+                    if head.source == scorer.name:
+                        head.score(np.asarray(columns[f"{scorer.name}_image"], dtype=np.float32))
 
 
 def least(costs: Sequence[Cost]) -> Cost:
@@ -182,8 +188,8 @@ def measure(section: dict[str, dict[str, Any]], work: Work, rounds: int, device:
         for number in range(rounds + 1):  # the first warms up
             found = {
                 "decode": timed(bare.decode, device),
-                "forward": timed(lambda: [bare.forward(scorer) for scorer in bare.images], device),
-                "prepare": timed(lambda: [bare.prepare(scorer) for scorer in bare.images], device),
+                "prepare": timed(bare.prepare, device),
+                "forward": timed(bare.forward, device),
                 "stage": timed(lambda: run_shard(store, stage, shard), device),
             }
             for spec in stage.tables:
@@ -274,8 +280,8 @@ def main() -> None:
         if settings.modes:
             modes(work, model)
             return
-        print("| scorers | decode | forward | preprocessing | stage | / bare | / all three | stage img/s | peak MB |")
-        print("|---|---|---|---|---|---|---|---|---|")
+        print("| scorers | decode | forward | preprocessing | stage | stage / bare | stage img/s | peak MB |")
+        print("|---|---|---|---|---|---|---|---|")
         for title, section in sections(names, model, settings.device).items():
             costs = measure(section, work, settings.rounds, settings.device)
             ratios[title] = costs["stage"].cpu_s / (costs["decode"].cpu_s + costs["forward"].cpu_s)
@@ -294,8 +300,9 @@ def main() -> None:
         print(
             f"| plain transformers loop, ViT-B/32 | | | | {cost.cpu_s:.2f} | | | {rate:.1f} | {cost.peak_rss_mb:.0f} |"
         )
-    if settings.assert_floor and ratios["clip"] > FLOOR:
-        raise SystemExit(f"the stage costs {ratios['clip']:.3f} x the bare work; the floor is {FLOOR}")
+    over = {title: round(ratio, 3) for title, ratio in ratios.items() if ratio > FLOOR}
+    if settings.assert_floor and over:
+        raise SystemExit(f"the stage costs more than {FLOOR} x the bare work: {over}")
 
 
 if __name__ == "__main__":
