@@ -1,5 +1,6 @@
 """A small pool as fetch and score leave it: JPEG and PNG bytes in tars, scores with nulls, failures among the rows."""
 
+import hashlib
 import io
 import random
 from collections.abc import Callable, Iterator, Sequence
@@ -32,33 +33,38 @@ EMBEDDINGS = TableSpec(
 TABLES = [SAMPLES, IMAGES, SCORES, EMBEDDINGS]
 
 
-def make_pool(store: Store, shards: int = 6, rows: int = 60, seed: int = 3, image: bool = True) -> list[Shard]:
-    """Commit the tables of a pool; a tenth of the rows failed, some have no caption, some no score."""
+def make_pool(
+    store: Store, shards: int = 6, rows: int = 60, seed: int = 3, image: bool = True, site: str = ""
+) -> list[Shard]:
+    """Commit the tables of a pool; a tenth of the rows failed, some have no caption, some no score.
+
+    Row r of shard s has the URL `<site>/<s>/<r>` and the hash of its bytes where a site is named; else made-up ones.
+    """
     draw = random.Random(seed)
     pool = []
     for number in range(shards):
         shard = Shard(f"pool-{number:04d}", rows)
-        urls = [f"https://host-{number}.example/{row}.jpg" for row in range(rows)]
+        urls = [f"{site}/{number}/{row}" if site else f"https://host-{number}.example/{row}.jpg" for row in range(rows)]
         texts = [None if draw.random() < 0.1 else f"caption {number} {row} – ünï" for row in range(rows)]
         keys = keys_of(urls, texts)
         oks = [draw.random() > 0.1 for _ in keys]
         with store.staged(store.shard_path(IMAGES, shard.name, ".tar")) as local, local.open("wb") as stream:
             tar = TarWriter(stream)
-            places = []
+            places: list[tuple[int | None, int | None]] = []
+            sums = [f"{row:064x}" for row in range(rows)]
             for row, (key, ok) in enumerate(zip(keys, oks, strict=True)):
                 if not ok:
                     places.append((None, None))
                     continue
-                data = (
-                    picture(number * rows + row, "PNG" if row % 7 == 3 else "JPEG") if image else draw.randbytes(2000)
-                )
+                data = stored(number, row, rows) if image else draw.randbytes(2000)
+                sums[row] = hashlib.sha256(data).hexdigest() if site else sums[row]
                 places.append((tar.add(f"{key}.{'png' if row % 7 == 3 else 'jpg'}", data), len(data)))
                 tar.add(f"{key}.json", b"{}")
             tar.finish()
         path = store.shard_path(IMAGES, shard.name, ".tar")
         images = [
             {"key": key, "status": "ok" if ok else "timeout", "ext": ("png" if row % 7 == 3 else "jpg") if ok else None,
-             "width": 24 if ok else None, "height": 16 if ok else None, "sha256": f"{row:064x}" if ok else None,
+             "width": 24 if ok else None, "height": 16 if ok else None, "sha256": sums[row] if ok else None,
              "tar": path if ok else None, "offset": place[0], "length": place[1]}
             for row, (key, ok, place) in enumerate(zip(keys, oks, places, strict=True))
         ]  # fmt: skip
@@ -77,6 +83,11 @@ def make_pool(store: Store, shards: int = 6, rows: int = 60, seed: int = 3, imag
     names = [{"name": shard.name, "rows": shard.rows} for shard in pool]
     store.add_batch(SAMPLES, 0, {"shards": names, "sources": ["urls.parquet"], "counts": {"rows_in": shards * rows}})
     return pool
+
+
+def stored(shard: int, row: int, rows: int) -> bytes:
+    """The picture of a row, PNG now and then."""
+    return picture(shard * rows + row, "PNG" if row % 7 == 3 else "JPEG")
 
 
 def picture(seed: int, kind: str) -> bytes:

@@ -56,6 +56,32 @@ def test_groups_are_random_sets_of_shards_of_even_size() -> None:
     assert [one.first_tar for one in groups] == [sum(before.tars for before in groups[:at]) for at in range(20)]
 
 
+def test_two_level_shuffle_is_uniform_over_groups_and_within_them() -> None:
+    """Guards against a group that is written source shard by source shard, and a sample lost between the levels."""
+    keys = {f"{number:03d}": KEYS[100 * number : 100 * (number + 1)] for number in range(200)}
+    chunks = deal(list(keys), 100, 0, 2_000)
+    samples = [sum(len(keys[name]) for name in chunk.shards) for chunk in chunks]
+    groups = group("a", samples, samples, 2_000, 500, None, 1)
+    assert len(groups) == 10
+    emitted: list[str] = []
+    over = np.zeros((10, 10))  # which tenth of the source came into which group
+    within = np.zeros((4, 10))  # a group's shards in four parts, over ten places
+    for one in groups:
+        names = [name for chunk in one.chunks for name in chunks[chunk].shards]
+        mine = [key for name in names for key in keys[name]]
+        places = permutation(mine, 0, "a")
+        emitted += [mine[place] for place in places]
+        np.add.at(within, (places * 4 // len(mine), np.arange(len(mine)) * 10 // len(mine)), 1)
+        for name in names:
+            over[int(name) // 20, one.number] += len(keys[name])
+    assert sorted(emitted) == sorted(KEYS)  # no sample twice, none missing
+    statistic, freedom = _chi_square(within)
+    assert abs(statistic - freedom) < 4 * np.sqrt(2 * freedom)
+    # Shards are dealt whole: the statistic counts shards, not samples.
+    statistic, freedom = _chi_square(over / 100)
+    assert abs(statistic - freedom) < 4 * np.sqrt(2 * freedom)
+
+
 @pytest.mark.parametrize("samples", [[0], [], [0, 0, 7], [1] * 50, [30, 0, 1, 500, 2]])
 @pytest.mark.parametrize("limit", [1, 10, 10_000])
 def test_groups_hold_every_sample_once(samples: list[int], limit: int) -> None:
