@@ -108,7 +108,7 @@ class ReferenceSettings(Settings):
 class DedupSettings(Settings):
     """One way of finding copies. `keep` is an SQL ordering: the first of a group stays."""
 
-    by: str  # sha256, image_phash, image_phash_text, embedding_<name>
+    by: str  # sha256, url, image_phash, image_phash_text, embedding_<name>
     keep: str = "width * height DESC, key"
     radius: Annotated[int, Field(ge=0, le=10)] = 0  # Hamming distance, for image_phash
     threshold: Annotated[float, Field(gt=-1, le=1)] | None = None  # cosine, for embedding_<name>
@@ -121,12 +121,19 @@ class DedupSettings(Settings):
     prefer_released: bool = True  # rows of the last release come first, whatever `keep` says
 
 
-class CellsSettings(Settings):
+class LevelSettings(Settings):
+    """A level of hierarchical k-means."""
+
+    count: Positive  # of clusters
+    resampling: Annotated[int, Field(ge=0)] = 0  # times that k-means is run again on the closest points
+    sample_size: Positive = 1  # closest points of each cluster that it then sees
+
+
+class CellsSettings(LevelSettings):
     """k-means cells of the pool's vectors: what retrieval searches and balanced sampling counts."""
 
     by: str  # a column of embeddings, e.g. clip_vitl14_image
     where: str | None = None  # SQL: only these rows take part, e.g. NOT is_duplicate
-    count: Positive  # of cells
     metric: Literal["cosine", "l2", "ip"] = "cosine"  # ip: trained as l2, assigned by inner product, as DataComp does
     init: Literal["kmeans++", "random"] = "kmeans++"
     iterations: Annotated[int, Field(ge=0)] = 20
@@ -174,18 +181,11 @@ class RetrieveSettings(Settings):
         return value
 
 
-class LevelSettings(Settings):
-    """A level of hierarchical k-means above the cells."""
-
-    count: Positive
-    resampling: Annotated[int, Field(ge=0)] = 0  # times that k-means is run again on the closest points
-    sample_size: Positive = 1  # closest points of each cluster that it then sees
-
-
 class HierarchySettings(Settings):
-    """Balanced sampling over a tree whose lowest level is the cells."""
+    """Balanced sampling over a tree whose lowest level is the cells, or what each of them is split into."""
 
-    levels: list[LevelSettings] = []
+    splits: Positive = 1  # clusters of each cell: 100 of each of 100,000 in Vo et al. 2024
+    levels: list[LevelSettings] = []  # above
     targets: Annotated[list[Positive], Field(min_length=1)]  # images; a column hierarchical_sample_<target> each
     how: Literal["random", "closest"] = "random"
     multiplier: Positive = 1  # times that an image may be taken
@@ -230,6 +230,7 @@ class KeepTop(Settings):
 
     by: str
     fraction: Fraction
+    of: str | None = None  # SQL: a share of these rows; None: of those that the subset's `where` leaves
 
 
 class SubsetSettings(Settings):
@@ -351,8 +352,7 @@ def parse_recipe(tree: dict[str, Any], where: str = "recipe") -> Recipe:
     try:
         return Recipe.model_validate(tree)
     except ValidationError as error:
-        lines = [f"{where}: {_complaint(item)}" for item in error.errors()]
-        raise ConfigError("\n".join(lines)) from None
+        raise ConfigError("\n".join(f"{where}: {_complaint(item)}" for item in error.errors())) from None
 
 
 def _complaint(item: Any) -> str:

@@ -10,7 +10,7 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
 from itertools import accumulate
-from typing import Any
+from typing import Any, Protocol
 
 import numpy as np
 import numpy.typing as npt
@@ -28,6 +28,28 @@ Int64 = npt.NDArray[np.int64]
 
 SHARDS_PER_CHUNK = 50  # 1 GB of float16 vectors of 1024 numbers
 SPARE = 6  # standard deviations by which a draw exceeds the sample, so that it is not too small
+
+
+class Points(Protocol):
+    """Vectors in numbered pieces: the rows of a pool by shard, or the centroids of a level of clusters."""
+
+    @property
+    def store(self) -> Store:
+        """Where they lie, and where passes over them keep their files."""
+
+    @property
+    def width(self) -> int:
+        """Numbers in a vector."""
+
+    @property
+    def starts(self) -> Sequence[int]:
+        """Number of each piece's first row, and of the row behind the last."""
+
+    def count(self, piece: int) -> int:
+        """Rows of a piece that take part, before their vectors are looked at."""
+
+    def read(self, piece: int) -> "Vectors":
+        """Those that have a vector, in row order."""
 
 
 @dataclass(frozen=True)
@@ -67,13 +89,17 @@ class Pool:
             mask &= np.asarray(held.fill_null(False))
         return table, mask
 
-    def read(self, number: int) -> "Vectors":
+    def count(self, piece: int) -> int:
+        """Rows of a shard that take part."""
+        return int(self.taking_part(piece)[1].sum())
+
+    def read(self, piece: int) -> "Vectors":
         """The vectors of a shard, in row order."""
-        table, mask = self.taking_part(number)
-        vectors, valid = matrix(read_rows(self.store, self.columns, [self.by], self.names[number])[self.by])
+        table, mask = self.taking_part(piece)
+        vectors, valid = matrix(read_rows(self.store, self.columns, [self.by], self.names[piece])[self.by])
         rows = np.flatnonzero(mask & valid)
         keys = key_numbers(table[KEY.name].to_pylist())
-        return Vectors(rows + self.starts[number], keys[rows], vectors[np.flatnonzero(mask[valid])])
+        return Vectors(rows + self.starts[piece], keys[rows], vectors[np.flatnonzero(mask[valid])])
 
 
 @dataclass(frozen=True, eq=False)
@@ -132,41 +158,55 @@ def hashed(numbers: npt.NDArray[Any], seed: int, salt: int = 0) -> UInt64:
     return mixed
 
 
-def sample(pool: Pool, work: str, size: int, seed: int, map_items: Map) -> npt.NDArray[Any]:
-    """At most `size` vectors [m, d] of those that take part, by hash of (seed, key), in the order of the hashes.
+def draw(points: Points, work: str, size: int, seed: int, map_items: Map) -> None:
+    """Draw about `size` rows that take part, by hash of (seed, key); `drawn` gives the sample, on any worker.
 
-    Files below `work` are written whole and none is made twice. Memory: twice the sample.
+    Files below `work` are written whole and none is made twice. Memory: a chunk's part of the sample.
     """
-    chunks = chunks_of(len(pool.names))
-    if not pool.store.exists(f"{work}/taking_part.json"):
-        rows = sum(map_items(partial(_count, pool), chunks))
-        pool.store.put_json(f"{work}/taking_part.json", {"rows": rows})
-    rows = pool.store.get_json(f"{work}/taking_part.json")["rows"]
+    store, chunks = points.store, pieces_of(points)
+    if not store.exists(f"{work}/taking_part.json"):
+        rows = sum(map_items(partial(_count, points), chunks))
+        store.put_json(f"{work}/taking_part.json", {"rows": rows})
+    rows = store.get_json(f"{work}/taking_part.json")["rows"]
     share = (size + SPARE * size**0.5) / max(rows, 1)
     bound = min(int(share * 2**64), 2**64 - 1)
-    done = set(pool.store.names(f"{work}/sample"))
+    done = set(store.names(f"{work}/sample"))
     todo = [chunk for chunk in chunks if f"{chunk.start:08d}.npz" not in done]
-    finish(map_items(partial(_draw, pool, work, seed, bound), todo))
-    drawn = [get_arrays(pool.store, f"{work}/sample/{name}") for name in pool.store.names(f"{work}/sample")]
-    marks = np.concatenate([part["marks"] for part in drawn] or [np.empty(0, np.uint64)])
-    vectors = np.concatenate([np.empty((0, pool.width), np.float16), *(part["vectors"] for part in drawn)])
-    return np.asarray(vectors[np.argsort(marks, kind="stable")[:size]])
+    finish(map_items(partial(_draw, points, work, seed, bound), todo))
 
 
-def _count(pool: Pool, chunk: range) -> int:
-    return sum(int(pool.taking_part(number)[1].sum()) for number in chunk)
+def drawn(points: Points, work: str, size: int) -> tuple[Int64, npt.NDArray[Any]]:
+    """(rows int64[m], vectors [m, d]) of the sample, m at most `size`, in the order of the hashes.
+
+    Memory: twice the sample.
+    """
+    parts = [get_arrays(points.store, f"{work}/sample/{name}") for name in points.store.names(f"{work}/sample")]
+    marks = np.concatenate([part["marks"] for part in parts] or [np.empty(0, np.uint64)])
+    first = np.argsort(marks, kind="stable")[:size]
+    rows = np.concatenate([np.empty(0, np.int64), *(part["rows"] for part in parts)])
+    vectors = np.concatenate([np.empty((0, points.width), np.float16), *(part["vectors"] for part in parts)])
+    return rows[first], vectors[first]
 
 
-def _draw(pool: Pool, work: str, seed: int, bound: int, chunk: range) -> None:
-    marks, vectors = [], []
-    for number in chunk:
-        part = pool.read(number)
-        mark = hashed(part.keys, seed)
-        drawn = mark <= np.uint64(bound)
-        marks.append(mark[drawn])
-        vectors.append(part.vectors[drawn])
+def _count(points: Points, chunk: range) -> int:
+    return sum(points.count(piece) for piece in chunk)
+
+
+def _draw(points: Points, work: str, seed: int, bound: int, chunk: range) -> None:
+    held: dict[str, list[npt.NDArray[Any]]] = {"marks": [], "rows": [], "vectors": []}
+    for piece in chunk:
+        part = points.read(piece)
+        marks = hashed(part.keys, seed)
+        first = marks <= np.uint64(bound)
+        for name, values in (("marks", marks), ("rows", part.rows), ("vectors", part.vectors)):
+            held[name].append(values[first])
     path = f"{work}/sample/{chunk.start:08d}.npz"
-    put_arrays(pool.store, path, marks=np.concatenate(marks), vectors=np.concatenate(vectors))
+    put_arrays(points.store, path, **{name: np.concatenate(values) for name, values in held.items()})
+
+
+def pieces_of(points: Points) -> list[range]:
+    """Runs of pieces: the items of a pass over points."""
+    return chunks_of(len(points.starts) - 1)
 
 
 def chunks_of(count: int, most: int | None = None) -> list[range]:

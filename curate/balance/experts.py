@@ -2,7 +2,7 @@
 
     _experts/<fingerprint>/experts.npz     fine and coarse centres, and the expert of each fine cell
 
-Training runs in the process that drives the step, on its GPU where it has one; assignment on any worker.
+Training is one item of work for any worker, assignment one a shard; both ask for a GPU where the engine has some.
 """
 
 from collections import Counter
@@ -16,11 +16,14 @@ import torch
 
 from curate.balance.mode import Experts, assign, train
 from curate.config import ExpertsSettings
+from curate.engine.driver import OnDevice
 from curate.metrics import Ticker
 from curate.schema import KEY, Shard, TableSpec
 from curate.stage import Map
 from curate.store import Store
-from curate.vectors import Pool, get_arrays, put_arrays, sample
+from curate.vectors import Pool, draw, drawn, finish, get_arrays, put_arrays
+
+GPU_OF_A_PASS = 0.25  # of a GPU: four tasks hide one another's reading
 
 
 def assign_all(
@@ -30,17 +33,25 @@ def assign_all(
     """Write the table; captions by expert."""
     path = f"_experts/{spec.fingerprint}/experts.npz"
     if not pool.store.exists(path):
-        points = sample(pool, work, settings.sample, settings.seed, map_items)
-        trained = train(
-            points, settings.fine, settings.coarse, settings.fine_iterations, settings.coarse_iterations,
-            settings.seed, _device(),
-        )  # fmt: skip
-        put_arrays(pool.store, path, fine=trained.fine, coarse=trained.coarse, expert_of_fine=trained.expert_of_fine)
+        draw(pool, work, settings.sample, settings.seed, map_items)
+        finish(map_items(OnDevice(partial(_train, pool, settings, work)), [path]))
     counts: Counter[int] = Counter()
-    for found in map_items(partial(_assign, pool, spec, path), list(enumerate(shards))):
+    assign_shard = OnDevice(partial(_assign, pool, spec, path), GPU_OF_A_PASS)
+    for found in map_items(assign_shard, list(enumerate(shards))):
         counts.update(found)
         ticker.advance(1)
     return {f"captions of expert {number}": counts[number] for number in range(settings.coarse)}
+
+
+def _train(pool: Pool, settings: ExpertsSettings, work: str, path: str) -> None:
+    points = drawn(pool, work, settings.sample)[1]
+    trained = train(
+        points, settings.fine, settings.coarse, settings.fine_iterations, settings.coarse_iterations, settings.seed,
+        _device(),
+    )  # fmt: skip
+    found = {"fine": trained.fine, "coarse": trained.coarse, "expert_of_fine": trained.expert_of_fine}
+    if not pool.store.exists(path):  # by another run, that has swept away what this one read
+        put_arrays(pool.store, path, **found)
 
 
 def _device() -> str:

@@ -2,11 +2,24 @@
 
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
 from typing import Any
 
 from curate.schema import Shard
 from curate.stage import ShardReport, Stage
 from curate.store import Store
+
+
+@dataclass(frozen=True)
+class OnDevice:
+    """A function for `Driver.map` that computes on a GPU where the engine has some: each call gets `gpus` of one."""
+
+    function: Callable[[Any], Any]
+    gpus: float = 1.0
+
+    def __call__(self, item: Any) -> Any:
+        """The function's own result."""
+        return self.function(item)
 
 
 class Driver(ABC):

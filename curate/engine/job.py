@@ -194,7 +194,7 @@ class Job:
         with progress(step.name, max(1, len(shards))) as ticker:
             try:
                 record.counts = dict(step.run(self.store, shards, self._map, ticker))
-            except FileNotFoundError:  # another run at this root has just finished this step and swept its work away
+            except Exception:  # another run at this root finished the step and swept away what this one was reading
                 if not step.done(self.store, shards):
                     raise
 

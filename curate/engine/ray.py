@@ -19,7 +19,7 @@ import ray
 from ray.data import ActorPoolStrategy, DataContext, Dataset
 
 from curate.engine.attempts import MAX_TRIES, run_bounded
-from curate.engine.driver import Driver
+from curate.engine.driver import Driver, OnDevice
 from curate.errors import StageError
 from curate.metrics import Cost
 from curate.schema import Shard
@@ -155,7 +155,9 @@ class RayDriver(Driver):
     def _tasks(self, function: Callable[[Any], Any], items: Sequence[Any], most: int | None = None) -> Iterator[Any]:
         if not items:
             return
-        task = ray.remote(num_cpus=1, max_retries=NODE_LOSSES)(_call)
+        # A task that is given no GPU sees none (Ray hides them), and computes on its core.
+        gpus = function.gpus if isinstance(function, OnDevice) and _cluster("GPU") >= function.gpus else 0
+        task = ray.remote(num_cpus=1, num_gpus=gpus, max_retries=NODE_LOSSES)(_call)
         shared = ray.put(function)  # once, not with every item: it may hold settings of a whole pool
         window = most or max(2, int(_cluster("CPU")) * IN_FLIGHT_PER_CPU)
         waiting = [task.remote(shared, item) for item in items[:window]]

@@ -21,6 +21,7 @@ from curate.retrieve.clusters import ClusterRetrieval, seeded
 from curate.retrieve.hierarchy import balanced
 from curate.retrieve.partition import Place
 from curate.retrieve.seeds import Met, Retrieval
+from curate.retrieve.splits import Splits
 from curate.schema import KEY, Shard
 from curate.stage import Map
 from curate.store import Store
@@ -81,7 +82,7 @@ def _in_chosen_cells(pool: Pool, place: Place, folder: str, shard: str) -> pa.Ta
     return table.filter(pa.array(chosen[np.asarray(table["cell"])]))
 
 
-def rows_by_cell(store: Store, place: Place, shard: str) -> pa.Table:
+def rows_by_cell(store: Store, place: Place | Splits, shard: str) -> pa.Table:
     """row_, value_ (what brings a cell together), cell, distance and the first 64 bits of the key, of rows with one."""
     keys = key_numbers(store.read(place.spec, shard, [KEY.name])[KEY.name].to_pylist())
     cells, distances = place.read(store, shard)
@@ -150,7 +151,7 @@ def _marks(work: Retrieval, folder: str, caps: Int64, chunk: range) -> tuple[Int
 
 
 def sample(
-    pool: Pool, place: Place, settings: HierarchySettings, work: str, shards: Sequence[Shard], map_items: Map
+    pool: Pool, place: Place | Splits, settings: HierarchySettings, work: str, shards: Sequence[Shard], map_items: Map
 ) -> None:
     """Draw each target's images under the quotas in `<work>/quotas.npz`; `drawn` then gives those of a shard."""
     candidates = partial(rows_by_cell, pool.store, place)
@@ -164,7 +165,7 @@ def drawn(store: Store, work: str, shard: str) -> tuple[Int64, Int64, Int64]:
     return columns[0], columns[1], columns[2]
 
 
-def _balance(pool: Pool, place: Place, settings: HierarchySettings, work: str, table: pa.Table) -> pa.Table:
+def _balance(pool: Pool, place: Place | Splits, settings: HierarchySettings, work: str, table: pa.Table) -> pa.Table:
     quotas = get_arrays(pool.store, f"{work}/quotas.npz")["quotas"]
     cells, distances, keys = (np.asarray(table[name]) for name in ("cell", "distance", "mark"))
     rows, sizes, parts = _numbered(pool.starts, table), place.sizes(pool.store), []

@@ -69,16 +69,17 @@ class Smallest:
 
     def result(self) -> tuple[Int64, Int64]:
         """(groups int64[n], rows int64[n]), sorted by group, then priority, then row."""
-        groups, _, rows = self._compact()
+        groups, _, rows = self.kept()
         return groups, rows
 
     def _take(self, groups: Int64, priorities: UInt64, rows: Int64) -> None:
         self._parts.append((groups, priorities, rows))
         self._buffered += len(rows)
         if self._buffered > 2 * self._kept + SPARE_ROWS:
-            self._compact()
+            self.kept()
 
-    def _compact(self) -> tuple[Int64, UInt64, Int64]:
+    def kept(self) -> tuple[Int64, UInt64, Int64]:
+        """(groups int64[n], priorities uint64[n], rows int64[n]), as the result; another draw may `add` them."""
         if not self._parts:
             return np.zeros(0, np.int64), np.zeros(0, np.uint64), np.zeros(0, np.int64)
         groups, priorities, rows = (np.concatenate(columns) for columns in zip(*self._parts, strict=True))

@@ -1,12 +1,11 @@
 """Hierarchical k-means and balanced sampling: every concept gets its share, however rare it is in the pool.
 
 Vo et al. 2024 (arXiv 2405.15613); the web-scale settings are those of DINOv3's predecessor recipes (RECIPES section 4).
-Clusters of clusters are built level by level; a target number of images is then shared out from the top, as evenly as
-the clusters' sizes allow. Everything is seeded. It refuses to mix splits and resampling in one level, as published.
+Clusters of clusters are built level by level (`tree`); a target number of images is then shared out from the top, as
+evenly as the clusters' sizes allow, and drawn. Everything is seeded. It refuses negative sizes and targets.
 """
 
-import itertools
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from typing import Any, Literal
 
@@ -14,13 +13,10 @@ import numpy as np
 import numpy.typing as npt
 
 from curate.errors import PlanError
-from curate.retrieve import cells as cell_kernels
-from curate.retrieve.cells import Cells
 from curate.retrieve.draw import Smallest, ordered, ranks
 from curate.vectors import Int64, UInt64, hashed
 
 CHILDREN_PER_PASS = 1 << 20  # clusters whose quotas are searched together: 40 MB, whatever the tree's size
-ROWS_PER_PASS = 1 << 16  # points assigned together: 64 MB of float16 at 512 dimensions
 
 
 def quotas(sizes: npt.NDArray[Any], target: int, multiplier: int = 1, seed: int = 0) -> Int64:
@@ -107,113 +103,6 @@ def balanced(
     copies = np.concatenate([np.ones(len(chosen), np.int64), *(part[1] for part in whole)])
     unique, inverse = np.unique(rows, return_inverse=True)
     return unique, _summed(copies, inverse, len(unique))
-
-
-@dataclass(frozen=True)
-class Level:
-    """One level's numbers. `splits`: each of the clusters is cut into that many (level 1 of the web recipe: 100,000 ×
-    100). `resampling`: how often k-means is run again on the `sample_size` closest points of each cluster."""
-
-    clusters: int
-    splits: int = 1
-    resampling: int = 0
-    sample_size: int = 1
-
-    def __post_init__(self) -> None:
-        if self.splits > 1 and self.resampling > 0:
-            raise PlanError("hierarchy: a level has either splits or resampling, not both (Vo et al. 2024)")
-        if min(self.clusters, self.splits, self.sample_size) < 1 or self.resampling < 0:
-            raise PlanError(f"hierarchy: numbers below 1 in {self}")
-
-
-@dataclass(frozen=True, eq=False)
-class Built:
-    """A level that was built: its centroids, and for each point below (a row, or a cluster of the level below) the
-    cluster int32[n] (-1: the row has no vector) and the Euclidean distance float32[n]."""
-
-    cells: Cells
-    members: npt.NDArray[np.int32]
-    distances: npt.NDArray[np.float32]
-
-
-def build(
-    points: npt.NDArray[Any],
-    levels: Sequence[Level],
-    iterations: int = 50,
-    points_per_cell: int = 256,
-    seed: int = 0,
-    device: str = "cpu",
-) -> list[Built]:
-    """Hierarchical k-means of `points` [n, d] (float16 or float32; may be a memory map), level 1 first.
-
-    Level 1 clusters the points, each further level the centroids of the one below (k-means++, L2). k-means sees at most
-    `points_per_cell` × clusters points, drawn by seed; all points are then assigned in blocks. Raises PlanError where a
-    level has more clusters than the one below has points.
-    """
-    built: list[Built] = []
-    below = points
-    for number, level in enumerate(levels):
-        salted = seed + 7919 * number
-        built.append(_level(below, level, iterations, points_per_cell, salted, device))
-        below = built[-1].cells.centroids
-    return built
-
-
-def tree_of(built: Sequence[Built]) -> Tree:
-    """The tree that `allocate` shares a target over."""
-    first = built[0]
-    sizes = np.bincount(first.members[first.members >= 0], minlength=len(first.cells.centroids))
-    return Tree(sizes.astype(np.int64), tuple(level.members for level in built[1:]))
-
-
-def _level(
-    points: npt.NDArray[Any], level: Level, iterations: int, points_per_cell: int, seed: int, device: str
-) -> Built:
-    def trained(rows: Int64, count: int, salt: int) -> Cells:
-        if len(rows) > count * points_per_cell:
-            rows = np.sort(rows[np.argsort(hashed(rows, seed, salt), kind="stable")[: count * points_per_cell]])
-        return cell_kernels.train(points[rows], count, "l2", "kmeans++", iterations, seed + salt, device)
-
-    found = _assigned(trained(np.arange(len(points)), level.clusters, 0), points, device)
-    for turn in range(level.resampling):
-        kept = found.members >= 0
-        nearest = Smallest(np.full(level.clusters, level.sample_size))
-        nearest.add(found.members, ordered(found.distances), np.arange(len(points)))
-        rows = np.sort(nearest.result()[1])
-        if len(rows) < level.clusters:  # empty clusters and a small r: fill up from the rest, by seed
-            rest = np.setdiff1d(np.flatnonzero(kept), rows, assume_unique=True)
-            rest = rest[np.argsort(hashed(rest, seed, turn + 1), kind="stable")]
-            rows = np.sort(np.concatenate([rows, rest[: level.clusters - len(rows)]]))
-        found = _assigned(trained(rows, level.clusters, turn + 1), points, device)
-    if level.splits == 1:
-        return found
-    order, bounds = _by_cluster(found.members, level.clusters)
-    centroids = [
-        split(points[order[start:stop]], level.splits, iterations, seed + 1 + cluster, device)
-        for cluster, (start, stop) in enumerate(itertools.pairwise(bounds))
-        if stop > start
-    ]
-    return _assigned(Cells(np.concatenate(centroids), "l2"), points, device)
-
-
-def split(
-    points: npt.NDArray[Any], parts: int, iterations: int, seed: int, device: str = "cpu"
-) -> npt.NDArray[np.float32]:
-    """Centroids float32[min(parts, n), d] of one cluster's points [n, d]: the unit of work of a level with splits."""
-    count = min(parts, len(points))
-    return cell_kernels.train(points, count, "l2", "kmeans++", iterations, seed, device).centroids
-
-
-def _assigned(cells: Cells, points: npt.NDArray[Any], device: str) -> Built:
-    blocks = (points[start : start + ROWS_PER_PASS] for start in range(0, len(points), ROWS_PER_PASS))
-    members, distances = zip(*cell_kernels.assign(cells, blocks, device), strict=True)
-    return Built(cells, np.concatenate(members), np.concatenate(distances))
-
-
-def _by_cluster(members: npt.NDArray[Any], clusters: int) -> tuple[Int64, Int64]:
-    """Rows sorted by cluster, and where each cluster starts and ends among them."""
-    order = np.argsort(members, kind="stable")
-    return order, np.searchsorted(members[order], np.arange(clusters + 1)).astype(np.int64)
 
 
 def _checked(sizes: npt.NDArray[Any], target: int, multiplier: int) -> Int64:

@@ -5,8 +5,8 @@
     _cells/<fingerprint>/facts.json         rows, imbalance, empty cells, for people
     <work>/pool/<part>/<chunk>.npz          rows, cells and vectors of a chunk of shards, dealt by ranges of cells
 
-k-means runs in the process that drives the step, on its GPU where it has one, over a sample; everything else is an item
-of work for any worker. No process holds more vectors than the sample, a chunk of shards or a range of cells.
+Everything is an item of work for any worker, k-means too. No process holds more vectors than the sample that k-means
+sees, a chunk of shards or a range of cells.
 """
 
 from collections.abc import Mapping, Sequence
@@ -17,18 +17,19 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 import pyarrow as pa
-import torch
 
 from curate.config import CellsSettings
+from curate.engine.driver import OnDevice
 from curate.errors import PlanError
 from curate.metrics import Ticker
 from curate.retrieve import cells as kernels
-from curate.retrieve import vector_files
+from curate.retrieve import levels, vector_files
 from curate.retrieve.cells import Cells
+from curate.retrieve.levels import GPU_OF_A_PASS, KMeans, device
 from curate.schema import KEY, Shard, TableSpec
 from curate.stage import Map
 from curate.store import Store
-from curate.vectors import Int64, Pool, chunks_of, finish, get_arrays, put_arrays, sample
+from curate.vectors import Int64, Pool, chunks_of, finish, get_arrays, put_arrays
 
 PART_BYTES = 1 << 31  # vectors searched in one task; twice that at the peak
 RADIUS_DIGITS = 4
@@ -66,37 +67,30 @@ def _load(root: str, path: str, metric: Any) -> Cells:
     return Cells(get_arrays(Store(root), path)["centroids"], metric)
 
 
-def device() -> str:
-    """Where products are computed."""
-    return "cuda" if torch.cuda.is_available() else "cpu"
-
-
 def prepare(pool: Pool, place: Place, settings: CellsSettings, work: str, map_items: Map) -> None:
     """Write the centroids: the recipe's own, or trained on a sample of the pool."""
     path = f"{place.folder}/centroids.npz"
-    if pool.store.exists(path):
-        return
-    if settings.centroids is not None:
+    if settings.centroids is None:
+        how = KMeans(
+            settings.count, settings.metric, settings.init, settings.iterations, settings.points_per_cell,
+            settings.seed, settings.resampling, settings.sample_size,
+        )  # fmt: skip
+        levels.train(pool, how, path, work, map_items)
+    elif not pool.store.exists(path):
         count = vector_files.length_of(settings.centroids, None)
         centroids = vector_files.read_span(settings.centroids, None, 0, count).astype(np.float32)
         if centroids.shape != (settings.count, pool.width):
             expected = (settings.count, pool.width)
             raise PlanError(f"cells.centroids: {settings.centroids} is {centroids.shape}, expected {expected}")
-    else:
-        points = sample(pool, work, settings.count * settings.points_per_cell, settings.seed, map_items)
-        way: Any = "l2" if settings.metric == "ip" else settings.metric
-        trained = kernels.train(
-            points, settings.count, way, settings.init, settings.iterations, settings.seed, device()
-        )
-        centroids = trained.centroids
-    put_arrays(pool.store, path, centroids=centroids)
+        put_arrays(pool.store, path, centroids=centroids)
 
 
 def assign_all(pool: Pool, place: Place, shards: Sequence[Shard], map_items: Map, ticker: Ticker) -> Mapping[str, int]:
     """Write the table `cells` where it is missing, then sizes and facts of the whole partition."""
     count = len(place.cells(pool.store).centroids)
     sizes, radius, without = np.zeros(count, np.int64), np.full(count, -np.inf), 0
-    for cells, rows, furthest, none in map_items(partial(_assign, pool, place), list(enumerate(shards))):
+    assign = OnDevice(partial(_assign, pool, place), GPU_OF_A_PASS)
+    for cells, rows, furthest, none in map_items(assign, list(enumerate(shards))):
         sizes[cells] += rows
         radius[cells] = np.maximum(radius[cells], furthest)
         without += none

@@ -18,8 +18,10 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 
 from curate.config import SeedSet
+from curate.engine.driver import OnDevice
 from curate.retrieve import search as kernels
-from curate.retrieve.partition import deal_pool, device, read_part
+from curate.retrieve.levels import GPU_OF_A_PASS, device
+from curate.retrieve.partition import deal_pool, read_part
 from curate.retrieve.search import Neighbours, by_cell, exact, merged, recall
 from curate.retrieve.seeds import Retrieval, chunk_names
 from curate.stage import Map
@@ -41,7 +43,7 @@ def retrieve(work: Retrieval, map_items: Map) -> Mapping[str, tuple[int, float |
     deal_pool(work.pool, work.place, work.parts, work.work, map_items)
     done = set(store.names(f"{work.work}/searched"))
     parts = [name for name in store.names(f"{work.work}/pool") if f"{name}.json" not in done]
-    finish(map_items(partial(_search, work), [int(part) for part in parts]))
+    finish(map_items(OnDevice(partial(_search, work), GPU_OF_A_PASS), [int(part) for part in parts]))
     results: dict[str, tuple[int, float | None]] = {}
     for one in sets:
         items = [int(name.removesuffix(".npz")) for name in chunk_names(work, one)]

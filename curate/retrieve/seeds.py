@@ -16,10 +16,12 @@ import numpy as np
 import numpy.typing as npt
 
 from curate.config import RetrieveSettings, SeedSet
+from curate.engine.driver import OnDevice
 from curate.errors import PlanError
 from curate.retrieve import vector_files
 from curate.retrieve.cells import assign, nearest, usable
-from curate.retrieve.partition import Place, device
+from curate.retrieve.levels import GPU_OF_A_PASS, device
+from curate.retrieve.partition import Place
 from curate.stage import Map
 from curate.vectors import Int64, Pool, chunks_of, get_arrays, hashed, put_arrays
 
@@ -81,7 +83,9 @@ def hand_out(work: Retrieval, map_items: Map) -> Mapping[str, Met]:
     met: dict[str, Met] = {}
     for one in (*work.named("sample"), *work.named("cluster")):
         seeds, seeded = 0, np.zeros(count, np.int64)
-        for usable_seeds, cells, held in map_items(partial(_meet, work, one), work.chunks(one)):
+        for usable_seeds, cells, held in map_items(
+            OnDevice(partial(_meet, work, one), GPU_OF_A_PASS), work.chunks(one)
+        ):
             seeds += usable_seeds
             seeded[cells] += held
         if not seeds:

@@ -147,6 +147,8 @@ class HierarchyStep(CrossStep):
     def __init__(self, settings: HierarchySettings, cells: CellsStep) -> None:
         if cells.settings.metric != "l2":
             raise PlanError("hierarchy: its lowest level is the cells, and it is Euclidean; set cells.metric: l2")
+        if settings.splits > 1 and cells.settings.resampling:  # as in Vo et al. 2024
+            raise PlanError("hierarchy.splits: a level has either splits or resampling; set cells.resampling: 0")
         self.settings, self._cells = settings, cells
         fields = [pa.field(f"hierarchical_sample_{target}", pa.int32()) for target in settings.targets]
         identity = settings.model_dump(mode="json") | {"pool": pool_digest(cells.shards)}

@@ -1,15 +1,16 @@
-"""Balanced sampling under a tree whose lowest level is the pool's cells: quotas once, draws cell by cell.
+"""Balanced sampling under a tree whose lowest level is the pool's cells, or what they are split into.
 
-    <work>/quotas.npz      images that each cell is to give, for each target
+    <work>/level<n>/…      passes over the centroids below, and what they gave (see `levels`)
+    <work>/quotas.npz      images that each cluster of the lowest level is to give, for each target
 
-The upper levels cluster the centroids of the cells, in the process that drives the step: 10 million centroids of 1024
-numbers take 40 GB there. Images are drawn by any worker.
+Quotas are shared out in the process that drives the step, over sizes and parents alone: 12 bytes and about five arrays
+of 8 for each cluster of the lowest level. Everything that reads vectors or images is done by any worker.
 """
 
-import itertools
 from collections import Counter
 from collections.abc import Mapping, Sequence
 from functools import partial
+from itertools import pairwise
 
 import numpy as np
 import numpy.typing as npt
@@ -18,21 +19,35 @@ import pyarrow as pa
 from curate.config import HierarchySettings
 from curate.errors import PlanError
 from curate.metrics import Ticker
-from curate.retrieve import by_cells
-from curate.retrieve.hierarchy import Level, Tree, allocate, build
-from curate.retrieve.partition import Place, device
+from curate.retrieve import by_cells, levels
+from curate.retrieve.hierarchy import Tree, allocate
+from curate.retrieve.levels import Centroids, KMeans
+from curate.retrieve.partition import Place
+from curate.retrieve.splits import Splits, split
 from curate.schema import KEY, Shard, TableSpec
 from curate.stage import Map
-from curate.vectors import Pool, unless_there
+from curate.vectors import Pool, put_arrays
+
+LEVEL_SEED = 104729  # apart, so that no level draws as another does
 
 
 def sample(
     pool: Pool, place: Place, settings: HierarchySettings, spec: TableSpec, work: str, shards: Sequence[Shard],
     map_items: Map, ticker: Ticker,
 ) -> Mapping[str, int]:  # fmt: skip
-    """Write the table of all targets; images, copies included, by target."""
-    unless_there(pool.store, f"{work}/quotas.npz", lambda: {"quotas": quotas(pool, place, settings)})
-    by_cells.sample(pool, place, settings, work, shards, map_items)
+    """Write the table of all targets; images, copies included, by target. Raises PlanError for a level."""
+    store = pool.store
+    lowest: Place | Splits = place
+    files: tuple[tuple[str, int], ...] = ((f"{place.folder}/centroids.npz", len(place.sizes(store))),)
+    if settings.splits > 1:
+        lowest = split(pool, place, settings, [shard.name for shard in shards], work, map_items)
+        files = lowest.files(store)
+    if not store.exists(f"{work}/quotas.npz"):
+        parents = _parents(Centroids(store, pool.width, files), settings, work, map_items)
+        tree = Tree(lowest.sizes(store), tuple(parents))
+        shares = [allocate(tree, target, settings.multiplier, settings.seed) for target in settings.targets]
+        put_arrays(store, f"{work}/quotas.npz", quotas=np.stack(shares))
+    by_cells.sample(pool, lowest, settings, work, shards, map_items)
     counts: Counter[str] = Counter()
     for found in map_items(partial(_commit, pool, spec, work), list(shards)):
         counts.update(found)
@@ -40,18 +55,23 @@ def sample(
     return {name: counts[name] for name in spec.columns}
 
 
-def quotas(pool: Pool, place: Place, settings: HierarchySettings) -> npt.NDArray[np.int64]:
-    """int64[targets, cells]: the share of every cell, from the top of the tree down. Raises PlanError for a level."""
-    sizes, centroids = place.sizes(pool.store), place.cells(pool.store).centroids
-    levels = [Level(level.count, 1, level.resampling, level.sample_size) for level in settings.levels]
-    counts = [len(centroids), *(level.clusters for level in levels)]
-    if any(upper > lower for lower, upper in itertools.pairwise(counts)):
-        raise PlanError(f"hierarchy.levels: {counts} clusters from the cells upwards; each level needs fewer")
-    built = build(
-        centroids, levels, settings.iterations, settings.points_per_cell, settings.seed, device()
-    ) if levels else []  # fmt: skip
-    tree = Tree(sizes, tuple(level.members for level in built))
-    return np.stack([allocate(tree, target, settings.multiplier, settings.seed) for target in settings.targets])
+def _parents(below: Centroids, settings: HierarchySettings, work: str, map_items: Map) -> list[npt.NDArray[np.int32]]:
+    """For each level above the lowest, the cluster in it of every centroid below."""
+    counts = [int(below.starts[-1]), *(level.count for level in settings.levels)]
+    if any(upper > lower for lower, upper in pairwise(counts)):
+        raise PlanError(f"hierarchy.levels: {counts} clusters from the lowest upwards; each level needs fewer")
+    parents = []
+    for number, level in enumerate(settings.levels, start=1):
+        how = KMeans(
+            level.count, "l2", "kmeans++", settings.iterations, settings.points_per_cell,
+            settings.seed + LEVEL_SEED * number, level.resampling, level.sample_size,
+        )  # fmt: skip
+        folder = f"{work}/level{number}"
+        path = f"{folder}/centroids.npz"
+        levels.train(below, how, path, folder, map_items)
+        parents.append(levels.members(below, path, folder, map_items))
+        below = Centroids(below.store, below.width, ((path, level.count),))
+    return parents
 
 
 def _commit(pool: Pool, spec: TableSpec, work: str, shard: Shard) -> Mapping[str, int]:

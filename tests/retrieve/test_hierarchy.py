@@ -9,7 +9,7 @@ from hypothesis import strategies as st
 
 from curate.errors import PlanError
 from curate.retrieve import hierarchy
-from curate.retrieve.hierarchy import Level, Tree, allocate, balanced, build, quotas, tree_of
+from curate.retrieve.hierarchy import Tree, allocate, balanced, quotas
 
 
 def level_of(sizes: list[int], target: int, multiplier: int) -> int:
@@ -137,38 +137,3 @@ def test_balanced_draws_the_quota_whatever_the_blocks(how: str, multiplier: int)
             mine = rows[clusters[rows] == cluster]
             left = np.setdiff1d(np.flatnonzero(clusters == cluster), mine)
             assert not len(left) or not len(mine) or away[mine].max() <= away[left].min()
-
-
-def test_hierarchy_gives_rare_concepts_their_share() -> None:
-    """Guards the purpose: of 20 concepts whose sizes differ 100-fold, the balanced sample takes about equally many."""
-    rng = np.random.default_rng(3)
-    sizes = np.linspace(20, 800, 20).astype(int)
-    centres = 4 * rng.standard_normal((20, 16))
-    concept = np.repeat(np.arange(20), sizes)
-    points = (centres[concept] + 0.3 * rng.standard_normal((len(concept), 16))).astype(np.float16)
-    points[0] = np.nan
-    levels = [Level(100), Level(20, resampling=2, sample_size=3)]
-    built = build(points, levels, iterations=10, seed=0)
-    again = build(points, levels, iterations=10, seed=0)
-    assert all(np.array_equal(a.members, b.members) for a, b in zip(built, again, strict=True))
-    assert built[0].members[0] == -1
-    tree = tree_of(built)
-    quota = allocate(tree, 300, seed=0)
-    keys = np.arange(len(points), dtype=np.uint64)
-    rows, _ = balanced(
-        quota, tree.sizes, [(np.arange(len(points)), built[0].members, built[0].distances, keys)], "random", seed=0
-    )
-    taken = np.bincount(concept[rows], minlength=20)
-    assert len(rows) == 300 and taken.min() >= 5 and taken.max() <= 45
-
-
-def test_splits_cut_every_cluster_and_exclude_resampling() -> None:
-    """Guards the web recipe's first level: 100,000 clusters, each cut into 100 of its own points."""
-    rng = np.random.default_rng(4)
-    points = rng.standard_normal((600, 8)).astype(np.float32)
-    (built,) = build(points, [Level(10, splits=4)], iterations=5)
-    assert len(built.cells.centroids) == 40
-    plain = ((points[:, None] - built.cells.centroids[None]) ** 2).sum(axis=2)
-    assert np.array_equal(plain.argmin(axis=1), built.members)
-    with pytest.raises(PlanError, match="not both"):
-        Level(10, splits=4, resampling=1)

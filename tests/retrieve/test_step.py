@@ -87,14 +87,19 @@ def test_the_sample_is_drawn_by_keys_alone(tmp_path: Path, monkeypatch: pytest.M
     store = Store(str(tmp_path))
     shards, rows = build(store)
     pool = curate.vectors.pool_of(store, TABLES, shards, "toy", None, "cells")
-    whole = curate.vectors.sample(pool, "w1", 100, 3, map)
+
+    def sample(work: str, size: int, seed: int, mapper: Any = map) -> np.ndarray:
+        curate.vectors.draw(pool, work, size, seed, mapper)
+        return curate.vectors.drawn(pool, work, size)[1]
+
+    whole = sample("w1", 100, 3)
     monkeypatch.setattr(curate.vectors, "SHARDS_PER_CHUNK", 3)
-    assert np.array_equal(whole, curate.vectors.sample(pool, "w2", 100, 3, shuffled_map))
-    assert not np.array_equal(whole, curate.vectors.sample(pool, "w3", 100, 4, map))
+    assert np.array_equal(whole, sample("w2", 100, 3, shuffled_map))
+    assert not np.array_equal(whole, sample("w3", 100, 4))
     there = [at for at, row in enumerate(rows) if row.vector is not None]
     marks = hashed(key_numbers([rows[at].key for at in there]), 3)
     assert np.array_equal(whole, np.array([rows[there[at]].vector for at in np.argsort(marks)[:100]]))
-    assert len(curate.vectors.sample(pool, "w4", 9999, 3, map)) == len(there)
+    assert len(sample("w4", 9999, 3)) == len(there)
 
 
 def test_condition_and_refresh_with_ready_centroids(tmp_path: Path) -> None:
@@ -259,7 +264,8 @@ def test_recall_is_measured_honestly(tmp_path: Path) -> None:
 def test_killed_anywhere_goes_on_to_the_same_rows(tmp_path: Path) -> None:
     """Guards against half of a pass that a second run takes for the whole."""
     settings, l2 = _sets(tmp_path), CELLS.model_copy(update={"metric": "l2"})
-    hierarchy = HierarchySettings(levels=[LevelSettings(count=3)], targets=[90], iterations=3)
+    upper = LevelSettings(count=3, resampling=1, sample_size=2)
+    hierarchy = HierarchySettings(splits=2, levels=[upper], targets=[90], iterations=3)
 
     def steps(store: Store, shards: list[Shard]) -> Iterator[Callable[[], CrossStep]]:
         yield lambda: cells_step(l2, store, TABLES, shards)
@@ -271,7 +277,7 @@ def test_killed_anywhere_goes_on_to_the_same_rows(tmp_path: Path) -> None:
         store = Store(str(tmp_path / name))
         shards, _ = build(store)
         for make in steps(store, shards):
-            for survives in itertools.count(1) if name == "killed" else ():
+            for survives in itertools.count(1, 5) if name == "killed" else ():
                 try:
                     go(make(), store, shards, dying_map(survives))
                 except Killed:
