@@ -33,6 +33,9 @@ sample with URL, caption, all scores and the place of its image. Samples are shu
 ## Funnel
 {funnel}
 
+## Scores
+{scores}
+
 ## Load it
 {load}
 
@@ -67,6 +70,7 @@ def card(release: Mapping[str, Any], features: Sequence[Mapping[str, Any]] | Non
         composition="\n".join(_row(name, facts) for name, facts in subsets.items()),
         seed=release["emit"]["seed"],
         funnel="\n".join(_funnel(name, facts, release["pool"]["rows"]) for name, facts in subsets.items()),
+        scores="\n".join(_scores(name, facts) for name, facts in subsets.items() if facts["samples"]),
         load="\n".join(_load(name, facts) for name, facts in subsets.items() if facts["tars"]),
         tables="\n".join(
             f"| {name} | {facts['fingerprint']} | `{_cell(json.dumps(facts['settings'], sort_keys=True))}` |"
@@ -117,6 +121,16 @@ def _funnel(name: str, facts: Mapping[str, Any], rows: int) -> str:
             f"- `{_cell(one['clause'])}`: true {one['true']:,}, false {one['false']:,}, unknown {one['unknown']:,}"
             for one in facts["clauses"]
         ]
+    return "\n".join([*lines, ""])
+
+
+def _scores(name: str, facts: Mapping[str, Any]) -> str:
+    if not facts.get("scores"):
+        return f"**{name}**: none\n"
+    lines = [f"**{name}**", "", "| column | least | mean | most | unknown |", "|---|---|---|---|---|"]
+    for column, noted in facts["scores"].items():
+        numbers = ("" if noted[part] is None else f"{noted[part]:.6g}" for part in ("least", "mean", "most"))
+        lines.append(f"| {_cell(column)} | {' | '.join(numbers)} | {noted['unknown']:,} |")
     return "\n".join([*lines, ""])
 
 

@@ -20,6 +20,7 @@ from curate.rows import MEMBER, SAMPLES, Column, columns_of
 from curate.schema import KEY, LOCATION_FIELDS, TableSpec
 
 EMBEDDINGS = "embeddings_"
+SCORES = "scores_"
 FACES = "face_boxes"
 PLACE = (
     pa.field("tar", pa.string(), nullable=False),  # below the subset's folder
@@ -46,6 +47,16 @@ class Facts:
         """Raise PlanError when nothing says where faces are."""
         if FACES not in self.columns:
             raise PlanError(f"emit.blur_faces: no table has {FACES}; add `faces: {{scorer: faces}}` to `score:`")
+
+    @property
+    def scores(self) -> list[str]:
+        """Numbers that scorers gave, by their names in the manifest."""
+        kinds = {name: self.columns[name] for name in self.manifest}
+        return [
+            self.label(name)
+            for name, column in kinds.items()
+            if column.table.name.startswith(SCORES) and _is_number(column.type)
+        ]
 
     @property
     def read(self) -> tuple[str, ...]:
@@ -124,6 +135,10 @@ def plain(value: Any) -> Any:  # noqa: PLR0911  # one line for each kind of valu
     if isinstance(value, decimal.Decimal | datetime.timedelta):
         return str(value)
     return value
+
+
+def _is_number(kind: pa.DataType) -> bool:
+    return bool(pa.types.is_floating(kind) or pa.types.is_integer(kind))
 
 
 def _is_plain(kind: pa.DataType) -> bool:

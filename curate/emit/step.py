@@ -32,6 +32,7 @@ from curate.emit.passes import Build, order, pick, write
 from curate.emit.provenance import release_note, subset_note
 from curate.emit.shuffle import Group, deal, group
 from curate.emit.successor import carry
+from curate.emit.summary import Summary
 from curate.emit.verify import NOTE, RELEASES, WITHDRAWN
 from curate.errors import PlanError
 from curate.metrics import Ticker
@@ -41,7 +42,7 @@ from curate.schema import Shard, TableSpec, fingerprint, inputs_of, pool_digest
 from curate.stage import CrossStep, Map
 from curate.store import Store
 
-VERSION = 1
+VERSION = 2
 LATEST = f"{RELEASES}/latest"
 DAY_S = 24 * 3600  # after which an unfinished release is taken for given up
 
@@ -117,6 +118,8 @@ class EmitStep(CrossStep):
         traffic: Counter[str] = Counter()
         for note in (note for name in self._members for note in notes[name]):
             traffic.update({"requests": note.get("requests", 0), "bytes_read": note.get("bytes_read", 0)})
+        read = f"{traffic['bytes_read'] / 1e6:,.1f} MB read in {traffic['requests']:,} requests"
+        ticker.advance(0, read)
         self._finish(build, shards, picked, groups, notes)
         written = {name: sum(note["samples"] for note in notes[name]) for name in self._members}
         return {
@@ -180,10 +183,12 @@ class EmitStep(CrossStep):
             },
         )  # fmt: skip
         release["weights"] = self._weights
+        digest, rows, scores = _concatenate(build, notes)
+        release["manifest"] = {"sha256": digest, "rows": rows}
+        for name, noted in scores.items():
+            release["subsets"][name]["scores"] = noted
         readme = card(release, card_features(self._facts, self._settings.image_names)).encode()
         store.put_bytes(f"{target}/README.md", readme)
-        digest, rows = _concatenate(build, notes)
-        release["manifest"] = {"sha256": digest, "rows": rows}
         release["card"] = {"sha256": hashlib.sha256(readme).hexdigest()}
         store.put_json(f"{target}/{NOTE}", release)
 
@@ -304,17 +309,23 @@ def _summed(parts: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
     return {**plain, "clauses": dict(clauses)}
 
 
-def _concatenate(build: Build, notes: Mapping[str, Sequence[Mapping[str, Any]]]) -> tuple[str, int]:
-    """Write manifest.parquet, a row group for each tar; returns (sha256, rows)."""
+def _concatenate(
+    build: Build, notes: Mapping[str, Sequence[Mapping[str, Any]]]
+) -> tuple[str, int, dict[str, dict[str, Any]]]:
+    """Write manifest.parquet, a row group for each tar; returns (sha256, rows, scores by subset)."""
     rows = 0
+    scores: dict[str, dict[str, Any]] = {}
     with build.store.staged(f"{build.target}/manifest.parquet") as local:
         with pq.ParquetWriter(local, build.facts.manifest_schema(), compression="zstd") as writer:
             for name in sorted(notes):  # as release.json lists them
+                summary = Summary(build.facts.scores)
                 for number in range(len(notes[name])):
                     with build.store.open(build.part(name, number)) as handle:
                         part = pq.read_table(handle)
                     writer.write_table(part, row_group_size=max(1, part.num_rows))
+                    summary.add(part)
                     rows += part.num_rows
+                scores[name] = summary.note()
         with local.open("rb") as stream:
             digest = hashlib.file_digest(stream, "sha256").hexdigest()
-    return digest, rows
+    return digest, rows, scores

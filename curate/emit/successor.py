@@ -21,6 +21,7 @@ import yaml
 
 from curate.emit.card import card
 from curate.emit.passes import Hashed
+from curate.emit.summary import Summary
 from curate.emit.verify import NOTE, RELEASES, WITHDRAWN
 from curate.removed import REMOVED
 from curate.schema import KEY
@@ -156,6 +157,7 @@ def _subset(
     old, new = place
     files: list[dict[str, Any]] = []
     silent = 0
+    scores = Summary(facts.get("scores", ()))
     for number, piece in enumerate(_renumbered(pieces)):
         name = f"{number:05d}.tar"
         rows = source.read_row_group(piece.group)
@@ -171,6 +173,7 @@ def _subset(
         tar = pa.array([name] * rows.num_rows, pa.string())
         rows = rows.set_column(rows.schema.get_field_index("tar"), rows.schema.field("tar"), tar)
         writer.write_table(rows, row_group_size=max(1, rows.num_rows))
+        scores.add(rows)
         files.append({"name": name, "samples": rows.num_rows, **sums})
         silent += rows.column("text").null_count if "text" in rows.column_names else 0
     samples = sum(file["samples"] for file in files)
@@ -179,7 +182,7 @@ def _subset(
         facts["refused"][f"status: {REMOVED}"] = facts["refused"].get(f"status: {REMOVED}", 0) + gone
     facts |= {
         "samples": samples, "without_text": silent, "tars": len(files), "files": files,
-        "bytes": sum(file["bytes"] for file in files),
+        "bytes": sum(file["bytes"] for file in files), "scores": scores.note(),
     }  # fmt: skip
     store.put_json(f"{new}/sizes.json", {file["name"]: file["samples"] for file in files})
     store.put_bytes(f"{new}/__len__", str(samples).encode())

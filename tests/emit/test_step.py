@@ -286,3 +286,9 @@ def test_a_release_counts_every_clause_on_its_own_and_names_its_models(tmp_path:
     assert release["weights"] == weights
     text = store.get_bytes(f"{folder}/README.md").decode()
     assert "| scores_toy | toy | MIT |" in text and "unknown 0" in text
+    known = [row["score"] for row in pq.read_table(tmp_path / folder / "manifest.parquet").to_pylist()]
+    noted = release["subsets"]["good"]["scores"]
+    mean = pytest.approx(sum(known) / len(known))
+    assert noted["score"] == {"least": min(known), "mean": mean, "most": max(known), "unknown": 0}
+    assert set(noted) == {"score", "word_count"}
+    assert f"| score | {min(known):.6g} | {sum(known) / len(known):.6g} | {max(known):.6g} | 0 |" in text

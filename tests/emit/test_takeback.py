@@ -210,6 +210,13 @@ def test_a_tar_that_would_be_empty_gives_its_number_to_the_last(tmp_path: Path) 
     last = max(path for path in before if path.startswith("good/"))
     assert verify_release(store.root, new).samples == len(manifest) - 2 * len(gone)
     assert last not in after and after["good/00001.tar"] == before[last]
+    left = pq.read_table(tmp_path / "releases" / new / "manifest.parquet").to_pylist()
+    scores = [row["score"] for row in left if row["subset"] == "all"]
+    known = [score for score in scores if score is not None]
+    mean = pytest.approx(sum(known) / len(known))
+    noted = store.get_json(f"releases/{new}/release.json")["subsets"]["all"]["scores"]["score"]
+    counted = {"least": min(known), "mean": mean, "most": max(known), "unknown": len(scores) - len(known)}
+    assert noted == counted and counted["unknown"] > 0
 
 
 def test_entries_that_are_none_are_refused(tmp_path: Path) -> None:
