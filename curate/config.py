@@ -143,12 +143,13 @@ class CellsSettings(LevelSettings):
 
 
 class SeedSet(Settings):
-    """What to look for, and how. Vectors of a file, or rows of the pool by SQL."""
+    """What to look for, and how. Vectors of a file, images, or rows of the pool by SQL."""
 
     name: SubsetName
     how: Literal["sample", "cluster", "as_is"]
     embeddings: str | None = None  # .npy, .npz or Parquet
     array: str | None = None  # its array or column, where it has more than one
+    images: str | None = None  # a folder, …*.tar, or datasets:NAME[:SPLIT]: embedded by the scorer behind cells.by
     where: str | None = None  # SQL over the pool's columns
     k: Positive = 4  # sample: nearest pool images of each seed
     nprobe: Positive = 16  # sample: cells that are searched for each seed
@@ -158,8 +159,8 @@ class SeedSet(Settings):
 
     @model_validator(mode="after")
     def _one_kind(self) -> "SeedSet":
-        if bool(self.embeddings) == bool(self.where):
-            raise ValueError("write either `embeddings` (a file of vectors) or `where` (rows of the pool)")
+        if sum(map(bool, (self.embeddings, self.images, self.where))) != 1:
+            raise ValueError("write one of `embeddings` (a file of vectors), `images`, `where` (rows of the pool)")
         if self.how == "as_is" and not self.where:
             raise ValueError("as_is takes rows of the pool: ingest the set with the pool and name it by `where`")
         return self
@@ -169,6 +170,8 @@ class RetrieveSettings(Settings):
     """Pool images near seed sets, as DINOv2's table 15 lists them."""
 
     sets: Annotated[list[SeedSet], Field(min_length=1)]
+    codes: str | None = None  # SQ8, PQ32, …: FAISS codes of the pool are searched, a quarter or less of its bytes;
+    rerank: Positive = 8  # and of each seed's neighbours among them, so many times k are compared exactly
     count_once: bool = False  # LVD-142M counts an image as often as seeds found it
     recall_seeds: Annotated[int, Field(ge=0)] = 100  # of each sample set, compared with an exact search
     seed: int = 0
@@ -273,6 +276,7 @@ class About(Settings):
     paper: str
     needs: list[str] = []  # models, seed sets, lists, that do not come with curate
     unverified: list[str] = []  # what the authors never published, or what stands in for it here
+    published: str = ""  # what the authors say that it took, or gave
 
 
 class Recipe(Settings):
@@ -380,8 +384,7 @@ def _apply(tree: dict[str, Any], override: str) -> None:
             raise ConfigError(f"--set {override}: {'.'.join(keys[: depth + 1])} is not a section")
     last = keys[-1]
     if isinstance(node, list):
-        index = _index(node, last, override)
-        node[index] = value
+        node[_index(node, last, override)] = value
     else:
         node[last] = value
 

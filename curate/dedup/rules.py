@@ -19,6 +19,7 @@ from curate.schema import KEY
 # What a rule compares: the columns whose values must all be equal, or nearly.
 EXACT = {
     "sha256": ("sha256",),
+    "url": ("url",),  # LAION-5B's bloom filter on the URL
     "image_phash": ("image_phash",),
     "image_phash_text": ("image_phash", "text"),
 }
@@ -72,6 +73,11 @@ class Rule:
         if self.reference is not None:
             return self.reference.match == "component" and (self.search == "vectors" or self.radius > 0)
         return self.search != "exact"
+
+    @property
+    def refreshed(self) -> bool:
+        """Whether pairs of two rows stand whatever other rows there are, so that a refresh need not compare them."""
+        return self.grouped and (self.search == "hashes" or self.form == "threshold")
 
     @property
     def radius(self) -> int:
@@ -193,8 +199,8 @@ def _check(place: str, entry: DedupSettings) -> None:
 
 
 def _check_reference(place: str, by: str, vectors: bool, one: ReferenceSettings) -> None:
-    if not vectors and by == "sha256":
-        raise PlanError(f"{place}: sha256 is compared with no reference; image_phash and {EMBEDDING}<name> are")
+    if not vectors and by in ("sha256", "url"):
+        raise PlanError(f"{place}: {by} is compared with no reference; image_phash and {EMBEDDING}<name> are")
     wanted, other = ("embeddings", "hashes") if vectors else ("hashes", "embeddings")
     if getattr(one, wanted) is None or getattr(one, other) is not None:
         raise PlanError(f"{place}: {by} is compared with a file of {wanted}; write `{wanted}`, and not `{other}`")

@@ -17,10 +17,10 @@ from curate.errors import PlanError, StageError
 from curate.schema import KEY, TableSpec, inputs_of
 from curate.score.chunk import Chunk, chunks
 from curate.score.device import gpu_present
+from curate.score.pool_counts import is_pool_count
 from curate.score.registry import build, kind_of
 from curate.score.run import Runner, prepare, score_texts
 from curate.score.scorer import Device, FeatureScorer, ImageScorer, Scorer, TextScorer
-from curate.score.text_count import is_text_count
 from curate.stage import Read, Resources, Stage, Task
 from curate.store import Store
 
@@ -36,7 +36,7 @@ def score_stages(section: Mapping[str, Mapping[str, Any]], samples: TableSpec, i
     `images` may be None when only texts are scored. Raises ConfigError for a wrong section, PlanError when an image
     scorer has no images, WeightsError when a file that names a table is missing.
     """
-    scorers = build({name: entry for name, entry in section.items() if not is_text_count(entry)})
+    scorers = build({name: entry for name, entry in section.items() if not is_pool_count(entry)})
     texts = [scorer for scorer in scorers if isinstance(scorer, TextScorer)]
     others = [scorer for scorer in scorers if not isinstance(scorer, TextScorer)]
     stages: list[Stage] = []

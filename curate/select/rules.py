@@ -5,7 +5,7 @@ of `where` is true (false refuses, null is unknown), and the `keep_top` score re
 """
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import numpy as np
 import pyarrow as pa
@@ -33,6 +33,7 @@ class SubsetRule:
     where: tuple[Clause, ...]
     score: Clause | None  # of keep_top
     fraction: float | None
+    share_of: tuple[Clause, ...]  # of these rows: keep_top.of, else `where`
     columns: tuple[Column, ...]  # that it reads, `status` among them where there is one
     spec: TableSpec
     anchor: TableSpec  # any table of the run: its keys, where a subset reads no column
@@ -73,7 +74,11 @@ def _rule(
     where = split_where(settings.where, columns, f"subsets.{name}.where") if settings.where is not None else ()
     top = settings.keep_top
     score = parse_score(top.by, columns, f"subsets.{name}.keep_top.by") if top else None
-    names = dict.fromkeys(column for clause in (*where, *([score] if score else [])) for column in clause.columns)
+    share_of = where
+    if top is not None and top.of is not None:
+        share_of = split_where(top.of, columns, f"subsets.{name}.keep_top.of")
+    clauses = (*where, *share_of, *([score] if score else []))
+    names = dict.fromkeys(column for clause in clauses for column in clause.columns)
     if len({column.lower() for column in names}) < len(names):
         raise PlanError(f"subsets.{name}: {', '.join(names)}: SQL cannot tell names apart that differ only in case")
     status = columns.get(STATUS)
@@ -81,13 +86,16 @@ def _rule(
         names[STATUS] = None
     used = tuple(columns[column] for column in names)
     read = {column.table.name: column.table for column in used} or {tables[0].name: tables[0]}
-    plain: dict[str, object] = {"where": settings.where, "keep_top": top.model_dump(mode="json") if top else None}
+    plain: dict[str, object] = {
+        "where": settings.where,
+        "keep_top": top.model_dump(mode="json", exclude_none=True) if top else None,
+    }
     spec = TableSpec(
         f"{_PREFIX}{name}", VERSION, pa.schema([KEY, MEMBER, REASON]),
         settings=plain | ({"pool": pool} if top else {}), inputs=inputs_of(read.values()),
     )  # fmt: skip
     watched = tuple(columns[column] for column in WATCHED if column in columns and column not in names)
-    return SubsetRule(name, where, score, top.fraction if top else None, used, spec, tables[0], watched)
+    return SubsetRule(name, where, score, top.fraction if top else None, share_of, used, spec, tables[0], watched)
 
 
 def mark_removed(rows: pa.Table, removed: Tombstones) -> pa.Table:
@@ -114,8 +122,8 @@ def judge(rule: SubsetRule, rows: pa.Table) -> Judged:
 
 
 def eligible_scores(rule: SubsetRule, rows: pa.Table) -> np.ndarray:
-    """The scores, float64, of the rows among which `keep_top` keeps: status ok, `where` true, score known."""
-    judged = judge(rule, rows)
+    """The scores, float64, of the rows whose share is kept: status ok, `keep_top.of` or `where` true, score known."""
+    judged = judge(replace(rule, where=rule.share_of), rows)
     assert judged.score is not None, f"{rule.name} has no keep_top"
     chosen = pc.is_valid(judged.score)
     for held in _held(judged):

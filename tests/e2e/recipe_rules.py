@@ -24,6 +24,7 @@ class Expected:
     ratio: float = float("inf")
     clip: bool = False
     untouched: Mapping[str, set[int]] = field(default_factory=dict)  # clauses that no row of the site comes to fail
+    smaller: Mapping[str, str] = field(default_factory=dict)  # words of the file, and what stands for them on the site
 
 
 def over(name: str, limit: float) -> Callable[[Row], Truth]:
@@ -95,12 +96,13 @@ EXPECTED: dict[str, Expected] = {
         best=lambda row: (not _good_coyo_image(row), -row["w"] * row["h"], row["key"]),
     ),
     "laion2b": Expected({
-        "en": [*_LAION, _is_english, _sure, over("clip_similarity_vitb32", 0.28)],
-        "multi": [*_LAION, lambda row: None if row["language"] is None else row["language"] != "en", _sure,
+        "en": [*_LAION, _fresh, _is_english, _sure, over("clip_similarity_vitb32", 0.28)],
+        "multi": [*_LAION, _fresh, lambda row: None if row["language"] is None else row["language"] != "en", _sure,
                   over("clip_similarity_multilingual", 0.26)],
-        "nolang": [*_LAION, lambda row: (row["language_confidence"] or 0) < 0.5,
+        "nolang": [*_LAION, _fresh, lambda row: (row["language_confidence"] or 0) < 0.5,
                    over("clip_similarity_multilingual", 0.26)],
-    }),
+    }, same=lambda row: row["url"],
+        best=lambda row: (not ((row["length"] or 0) >= 5 and row["bytes"] >= 5000), row["key"])),
     "laion400m": Expected({
         "laion400m": [*_LAION, over("clip_similarity_vitb32", 0.3), _kept_by_laion400m],
         "unlikely": [*_LAION, over("clip_similarity_vitb32", 0.3), _unlikely],
@@ -119,18 +121,12 @@ EXPECTED: dict[str, Expected] = {
         best=lambda row: (-(row["aesthetic_score_laion_v2"] or -9), -row["w"] * row["h"], row["key"]),
     ),
     "relaion": Expected({"research": [_harmless], "research_safe": [under("punsafe", 0.45)]}),
-    "datacomp": Expected({
-        "pool": [_SAFE],
-        "basic": [_SAFE, _is_english, over("words", 3), over("length", 6), lambda row: min(row["w"], row["h"]) >= 200,
-                  lambda row: max(row["w"], row["h"]) / min(row["w"], row["h"]) <= 3.0],
-        "clip_l14_30": [_SAFE], "clip_b32_30": [_SAFE],
-        "laion2b": [_SAFE, over("clip_similarity_vitb32", 0.28), _is_english],
-    }, top={"clip_l14_30": ("clip_similarity_vitl14", 0.3), "clip_b32_30": ("clip_similarity_vitb32", 0.3)}),
     "tmars": Expected({"tmars": [_SAFE]}, top={"tmars": ("clip_similarity_text_masked", 0.5)}),
     "align": Expected({"align": [
-        lambda row: max(row["w"], row["h"]) < 3 * min(row["w"], row["h"]), under("punsafe", 0.5), under("count", 10),
-        over("words", 3), under("words", 20),
-    ]}, least_side=201, ratio=3.0),
+        lambda row: max(row["w"], row["h"]) < 3 * min(row["w"], row["h"]), under("punsafe", 0.5), under("texts", 3),
+        under("count", 10), over("words", 3), under("words", 20), under("rare", 0),
+    ]}, least_side=201, ratio=3.0,
+        smaller={"url_count <= 1000": "url_count <= 3", "commonest: 100000000": "commonest: 132"}),
     "dfn": Expected({"dfn": []}, top={"dfn": ("clip_similarity_dfn", 0.15)}),
     "webssl": Expected({
         "light_vlm": [_fresh, over("p_yes_webssl_light", 0.5)], "heavy_vlm": [_fresh, over("p_yes_webssl_heavy", 0.5)],

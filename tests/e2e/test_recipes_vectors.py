@@ -29,12 +29,13 @@ from curate.engine.job import Job
 from curate.retrieve.hierarchy import Tree, allocate
 from curate.rows import columns_of, read_rows
 from curate.vectors import get_arrays, hashed, key_numbers
-from pipelines import datacomp_image, image_text, lvd142m, lvd1689m, metaclip, mode
+from pipelines import datacomp, image_text, lvd142m, lvd1689m, metaclip, mode
 from tests.e2e.conftest import Web, release_of
 
 CONFIGS = Path(str(configs.__path__[0]))
 PIPELINES = {
-    "lvd142m": lvd142m, "lvd1689m": lvd1689m, "datacomp_image": datacomp_image, "metaclip": metaclip, "mode": mode,
+    "lvd142m": lvd142m, "lvd1689m": lvd1689m, "datacomp": datacomp, "metaclip": metaclip, "mode": mode,
+    "semdedup": image_text,
 }  # fmt: skip
 SCORE = {
     "clip_vitl14": {"scorer": "clip", "model": f"local-dir:{weights_dir()}"}, "phash": {"scorer": "phash"},
@@ -67,6 +68,12 @@ def pool(web: Web, tmp_path_factory: pytest.TempPathFactory) -> Pool:
     drawn = {
         "dataset": pa.array([sets[at] for at in rng.integers(0, len(sets), table.num_rows)], pa.string()),
         "punsafe": pa.array(rng.random(table.num_rows) * 0.12, pa.float32()),
+        "text_unsafe": pa.array(rng.random(table.num_rows) * 0.11, pa.float32()),
+        "face_boxes": pa.array(
+            [[[0.1, 0.2, 0.6, 0.8]] * int(count) for count in rng.integers(0, 2, table.num_rows)],
+            pa.list_(pa.list_(pa.float32())),
+        ),
+        "synset_words": pa.array(rng.integers(0, 3, table.num_rows), pa.int32()),
         "nsfw_score_opennsfw2": pa.array(rng.random(table.num_rows) * 0.6, pa.float32()),
     }
     table = table.drop_columns(["nsfw_score_opennsfw2"])
@@ -195,7 +202,7 @@ def _of_cells(job: Job, rows: list[Row], home: np.ndarray, seeds: np.ndarray, on
     return {rows[at]["key"] for at in sorted(drawn, key=lambda at: int(cut[at]))[: one.cap]}, len(drawn)
 
 
-def test_lvd142m(pool: Pool, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: Any) -> None:
+def test_lvd142m(pool: Pool, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: Any, ray_driver: Driver) -> None:
     """Guards against table 15's sets that retrieve what another rule would."""
     monkeypatch.chdir(tmp_path)
     sets = yaml.safe_load((CONFIGS / "lvd142m.yaml").read_text())["retrieve"]["sets"]
@@ -211,7 +218,9 @@ def test_lvd142m(pool: Pool, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, ca
     references = np.array([pool.vectors[at] for at in sorted(pool.vectors)[5::60]])
     lists = pa.array(references.tolist(), pa.list_(pa.float32()))
     pq.write_table(pa.table({"v": lists}), tmp_path / "seeds" / "evaluation_sscd.parquet")
-    job = _run("lvd142m", pool, tmp_path / "run", dedup=dedup, cells={"count": 6}, retrieve={"sets": smaller})
+    job = _run(
+        "lvd142m", pool, tmp_path / "run", ray_driver, dedup=dedup, cells={"count": 6}, retrieve={"sets": smaller}
+    )
     names = ("id", "status", "dataset", "width", "height", "image_phash", "nsfw_score_opennsfw2",
              "clip_vitl14_image", "retrieved_by", "retrieved_count")  # fmt: skip
     rows = _rows(job, *names)
@@ -275,14 +284,14 @@ def test_lvd142m_on_ray_gives_the_same_release(
     assert release_of(tmp_path / "inline") == release_of(tmp_path / "ray")
 
 
-def test_lvd1689m(pool: Pool, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_lvd1689m(pool: Pool, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, ray_driver: Driver) -> None:
     """Guards against a balanced sample that ignores its quotas, and parts that are mixed up."""
     monkeypatch.chdir(tmp_path)
     _seeds(pool, tmp_path, ["imagenet22k", "gldv2"])
     levels = [{"count": 6, "resampling": 2, "sample_size": 2}, {"count": 3}]
     subsets = yaml.safe_load((CONFIGS / "lvd1689m.yaml").read_text())["subsets"]
     subsets["sampled"]["where"] = subsets["sampled"]["where"].replace("1689000000", "120")
-    job = _run("lvd1689m", pool, tmp_path / "run", cells={"count": 20}, subsets=subsets,
+    job = _run("lvd1689m", pool, tmp_path / "run", ray_driver, cells={"count": 20}, subsets=subsets,
                hierarchy={"levels": levels, "targets": [120], "iterations": 5})  # fmt: skip
     rows = _rows(job, "dataset", "status", "sha256", "width", "height", "cell", "distance", "hierarchical_sample_120",
                  "retrieved_by")  # fmt: skip
@@ -319,12 +328,21 @@ def test_lvd1689m(pool: Pool, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -
 
 
 @pytest.mark.parametrize("ready", [False, True])
-def test_datacomp_image(pool: Pool, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, *, ready: bool) -> None:
-    """Guards against cells by cosine where DataComp takes inner products, and cells with a seed that are left out."""
+def test_datacomp(
+    pool: Pool, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, ray_driver: Driver, *, ready: bool
+) -> None:
+    """Guards against cells by cosine where DataComp takes inner products, cells with a seed that are left out, unsafe
+    rows in a baseline, and a share of the wrong rows."""
     monkeypatch.chdir(tmp_path)
     rng = np.random.default_rng(6)
     vectors = np.array([pool.vectors[at] for at in sorted(pool.vectors)])
     np.save(tmp_path / "in1k.npy", (vectors[::40] + rng.normal(size=vectors[::40].shape) * 0.02).astype(np.float16))
+    (tmp_path / "seeds").mkdir()
+    evaluation = vectors[5::60]
+    np.save(tmp_path / "seeds" / "eval_dedup.npy", evaluation)
+    dedup = yaml.safe_load((CONFIGS / "datacomp.yaml").read_text())["dedup"]
+    dedup[0] |= {"by": "embedding_clip_vitl14"}
+    dedup[0]["against"][0]["threshold"] = SAME
     cells: dict[str, Any] = {"count": 40}
     if ready:
         np.save(
@@ -332,29 +350,82 @@ def test_datacomp_image(pool: Pool, tmp_path: Path, monkeypatch: pytest.MonkeyPa
             vectors[rng.choice(len(vectors), 40, replace=False)] * rng.uniform(0.7, 1.3, (40, 1)),
         )
         cells["centroids"] = "centroids.npy"
-    job = _run("datacomp_image", pool, tmp_path / "run", cells=cells)
-    rows = _rows(job, "status", "clip_vitl14_image", "clip_similarity_vitl14", "language", "word_count", "text_length")
+    subsets = yaml.safe_load((CONFIGS / "datacomp.yaml").read_text().replace("vitb32", "vitl14"))["subsets"]
+    job = _run("datacomp", pool, tmp_path / "run", ray_driver, dedup=dedup, cells=cells, subsets=subsets)
+    rows = _rows(job, "status", "clip_vitl14_image", "clip_similarity_vitl14", "language", "word_count", "text_length",
+                 "punsafe", "text_unsafe", "synset_words", "original_width", "original_height")  # fmt: skip
     centroids = _centroids(job)
     wanted = set((np.load(tmp_path / "in1k.npy").astype(np.float64) @ centroids.T).argmax(axis=1).tolist())
     assert 2 < len(wanted) < 30
-    image_based = {
-        row["key"] for row in rows
-        if row["status"] == "ok" and row["clip_vitl14_image"] is not None
-        and int((centroids @ np.array(row["clip_vitl14_image"], np.float64)).argmax()) in wanted
-        and row["language"] == "en" and row["word_count"] > 1 and row["text_length"] > 5
-    }  # fmt: skip
+    for row in rows:
+        held = row["clip_vitl14_image"]
+        row["evaluated"] = bool(held) and bool((_unit(evaluation) @ _unit(np.array(held, np.float64)) > SAME).any())
+        row["near"] = bool(held) and int((centroids @ np.array(held, np.float64)).argmax()) in wanted
+    good = [
+        row for row in rows
+        if row["status"] == "ok" and row["punsafe"] <= 0.1 and row["text_unsafe"] <= 0.1 and not row["evaluated"]
+    ]  # fmt: skip
+    scores = sorted(row["clip_similarity_vitl14"] for row in good if row["clip_similarity_vitl14"] is not None)[::-1]
+    top = scores[int(len(scores) * 0.3)]
+    tops = {row["key"] for row in good if (row["clip_similarity_vitl14"] or -1) >= top}
+    english = [row for row in good if row["language"] == "en"]
+    image_based = {row["key"] for row in english if row["near"] and row["word_count"] > 1 and row["text_length"] > 5}
     released = _released(job)
-    assert released["image_based"] == image_based
-    assert len(image_based) > 30
-    scores = {row["key"]: row["clip_similarity_vitl14"] for row in rows}
-    assert released["datacomp_1b"] == {key for key in image_based if scores[key] is not None and scores[key] >= 0.243}
+    assert released == {
+        "pool": {row["key"] for row in good},
+        "basic": {
+            row["key"] for row in english
+            if row["word_count"] >= 3 and row["text_length"] > 5
+            and min(row["original_width"], row["original_height"]) >= 200
+            and max(row["original_width"], row["original_height"])
+            <= 3 * min(row["original_width"], row["original_height"])
+        },
+        "clip_l14_30": tops, "clip_b32_30": tops,
+        "laion2b": {row["key"] for row in english if (row["clip_similarity_vitl14"] or -1) >= 0.28},
+        "text_based": {row["key"] for row in english if row["synset_words"] > 0},
+        "image_based": image_based, "datacomp_1b": image_based & tops,
+    }  # fmt: skip
+    assert len({frozenset(keys) for keys in released.values()}) == 7
+    assert all(len(keys) > 20 for keys in released.values())
+    assert sum(row["evaluated"] for row in rows) > 10
 
 
-def test_metaclip(pool: Pool, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_semdedup(pool: Pool, tmp_path: Path, ray_driver: Driver) -> None:
+    """Guards against components where SemDeDup takes each row alone, an order turned round, and eps mixed up."""
+    dedup = yaml.safe_load((CONFIGS / "semdedup.yaml").read_text())["dedup"]
+    dedup[0] |= {"by": "embedding_clip_vitl14", "cells": 1}
+    job = _run("semdedup", pool, tmp_path / "run", ray_driver, dedup=dedup)
+    rows = _rows(job, "status", "clip_vitl14_image")
+    some = [row for row in rows if row["status"] == "ok" and row["clip_vitl14_image"]]
+    vectors = np.array([row["clip_vitl14_image"] for row in some], np.float64)
+    centre = _unit(_unit(np.unique(vectors, axis=0)).mean(axis=0))  # of the one cell
+    vectors = _unit(vectors)
+    order = np.argsort(vectors @ centre, kind="stable")  # the farthest first
+    near = np.tril(vectors[order] @ vectors[order].T, -1).max(axis=1)  # to the rows before
+    expected = {
+        name: {some[at]["key"] for at, most in zip(order.tolist(), near.tolist(), strict=True) if most <= 1 - eps}
+        | {row["key"] for row in rows if row["status"] == "ok" and not row["clip_vitl14_image"]}
+        for name, eps in {
+            "eps_00095": 0.00095,
+            "eps_0395": 0.0395,
+            "eps_07": 0.07,
+            "eps_124": 0.124,
+            "eps_26": 0.26,
+        }.items()
+    }
+    released = _released(job)
+    for name, keys in expected.items():
+        assert len(released[name] ^ keys) == 0, (name, len(released[name]), len(keys))
+    sizes = [len(released[name]) for name in expected]
+    assert sizes == sorted(sizes, reverse=True)
+    assert len(set(sizes)) >= 3
+
+
+def test_metaclip(pool: Pool, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, ray_driver: Driver) -> None:
     """Guards against balance over rows that safety or language dropped, and against captions kept without an entry."""
     monkeypatch.chdir(tmp_path)
     (tmp_path / "metadata.json").write_text(json.dumps(ENTRIES))
-    job = _run("metaclip", pool, tmp_path / "run", balance={"t": 20})
+    job = _run("metaclip", pool, tmp_path / "run", ray_driver, balance={"t": 20})
     rows = _rows(
         job, "status", "text", "language", "punsafe", "image_phash", "width", "height", "matches", "is_balanced"
     )
@@ -380,9 +451,9 @@ def test_metaclip(pool: Pool, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -
     assert all(row["matches"] == expected.get(row["key"]) for row in rows)
 
 
-def test_mode(pool: Pool, tmp_path: Path) -> None:
+def test_mode(pool: Pool, tmp_path: Path, ray_driver: Driver) -> None:
     """Guards against experts that train on one another's captions, and captions of no expert."""
-    job = _run("mode", pool, tmp_path / "run", experts={"fine": 16, "sample": 400})
+    job = _run("mode", pool, tmp_path / "run", ray_driver, experts={"fine": 16, "sample": 400})
     rows = _rows(job, "status", "clip_vitl14_text", "expert")
     held = get_arrays(job.store, f"_experts/{job.tables['experts'].fingerprint}/experts.npz")
     released = _released(job)

@@ -1,0 +1,82 @@
+"""What every recipe begins and ends with: a scored pool without copies, and a release of its subsets.
+
+Named in a recipe's own file at the place where its paper has them; what lies between is the recipe. This is no pipeline
+of its own, and no number stands here.
+"""
+
+from curate.dedup.step import dedup_step
+from curate.emit.step import emit_step
+from curate.engine.job import Job
+from curate.fetch.stage import fetch_stage
+from curate.ingest.adopt import adopt_stage
+from curate.ingest.features import adopt_features_stage
+from curate.ingest.step import ingest_step
+from curate.report.sets import print_sets
+from curate.retrieve.step import CellsStep, retrieve_step
+from curate.schema import TableSpec
+from curate.score.pool_counts import pool_count_steps
+from curate.score.seed_images import seed_images_step
+from curate.score.stage import score_stages
+from curate.score.weight_facts import weights_behind
+from curate.select.step import select_stage, threshold_step
+
+
+def scored_pool(job: Job) -> list[TableSpec]:
+    """Ingest, fetch and score; the tables of the pool so far."""
+    recipe, store = job.recipe, job.store
+
+    # Which samples exist: a row per (url, text), of all sources and earlier runs, once.
+    samples = job.ingest(ingest_step(recipe.ingest, store))
+
+    # Their images, by URL or where an existing pool keeps them, and all scores from one decode. Features that a pool
+    # brought along (DataComp's .npz) become embeddings without a model.
+    images = adopt_stage(samples) if recipe.ingest.adopt else fetch_stage(recipe.fetch, samples)
+    features = [adopt_features_stage(recipe.ingest, store, samples)] if recipe.ingest.features else []
+    scores = score_stages(recipe.score, samples, images.tables[0])
+    job.stream(images, *features, *scores)
+    tables = [samples, *(spec for stage in (images, *features, *scores) for spec in stage.tables)]
+
+    # How often a text, a URL or a word stands in the whole pool, where the recipe asks.
+    for counts in pool_count_steps(recipe.score, samples, job.shards):
+        job.across(counts)
+        tables += counts.tables
+    return tables
+
+
+def find_copies(job: Job, tables: list[TableSpec]) -> list[TableSpec]:
+    """Copies across the whole pool, by the rules of `dedup` in their order: one of each group stays."""
+    if not job.recipe.dedup:
+        return []
+    duplicates = dedup_step(job.recipe.dedup, tables, job.shards, job.store)
+    job.across(duplicates)
+    return list(duplicates.tables)
+
+
+def retrieve_sets(job: Job, cells: CellsStep) -> list[TableSpec]:
+    """Seed sets of images embedded, then retrieval for each set of `retrieve`; prints the sets with their own counts, as LVD-142M's table 15 has them."""
+    if job.recipe.retrieve is None:
+        return []
+    images = {one.name: one.images for one in job.recipe.retrieve.sets if one.images is not None}
+    seeds = seed_images_step(images, job.recipe.score, cells.settings.by, job.store)
+    job.across(seeds)
+    retrieve = retrieve_step(job.recipe.retrieve, cells, seeds.folders)
+    job.across(retrieve)
+    report = retrieve.report(job.store)
+    if report is not None and not job.dry:
+        print_sets(report)
+    return list(retrieve.tables)
+
+
+def release_subsets(job: Job, tables: list[TableSpec]) -> None:
+    """Subsets by SQL over the columns, fractions made numbers first; then what trainers read. Nothing without any."""
+    recipe, store = job.recipe, job.store
+    if not recipe.subsets:
+        return
+    thresholds = threshold_step(recipe.subsets, tables, job.shards)
+    job.across(thresholds)
+    resolved = thresholds.values(store) or {}
+    members = select_stage(recipe.subsets, tables, job.shards, resolved)
+    job.stream(members)
+    subsets = dict(zip(recipe.subsets, members.tables, strict=True))
+    weights = weights_behind(tables)
+    job.across(emit_step(recipe.emit, recipe, tables, subsets, job.shards, resolved, job.set_aside, weights))
