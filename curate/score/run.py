@@ -112,17 +112,18 @@ def score_texts(scorer: TextScorer, texts: Sequence[str | None], counts: Counter
     """Columns of a text scorer, each distinct text scored once; null for a null text."""
     distinct = list(dict.fromkeys(text for text in texts if text is not None))
     outcome = Batches(TEXT_BATCH).run(scorer.score, distinct)
-    for reason in outcome.failed.values():
-        counts[f"{label(scorer)}: {reason}"] += 1
+    failed = {distinct[row]: reason for row, reason in outcome.failed.items()}
+    counts.update(f"{label(scorer)}: {failed[text]}" for text in texts if text is not None and text in failed)
     place = {distinct[row]: number for number, row in enumerate(outcome.kept)}
     at = [row for row, text in enumerate(texts) if text in place]
-    picks = pa.array([place[text] for text in texts if text is not None and text in place], pa.int64())
+    picks = [place[text] for text in texts if text is not None and text in place]
     columns: dict[str, pa.Array] = {}
     for field in scorer.fields:
-        array, not_finite = to_arrow(field, outcome.column(field.name), len(outcome.kept))
+        values = outcome.column(field.name)
+        array, not_finite = to_arrow(field, [values[pick] for pick in picks], len(picks))
         if not_finite:
             counts[f"{label(scorer)}.{field.name}: not_finite"] += not_finite
-        columns[field.name] = scatter(array.take(picks), at, len(texts))
+        columns[field.name] = scatter(array, at, len(texts))
     return columns
 
 
