@@ -12,6 +12,7 @@ joins the same components from at most N - 1 edges.
 from collections.abc import Iterator
 
 import numpy as np
+import numpy.typing as npt
 import torch
 
 from curate.dedup.components import groups, spanning_forest
@@ -62,8 +63,9 @@ def pairs_above(
 
 
 def edges_above(
-    vectors: VectorArray, threshold: float, *, block_rows: int = BLOCK_ROWS, device: str | None = None
-) -> tuple[IntArray, FloatArray]:
+    vectors: VectorArray, threshold: float, *,
+    fresh: npt.NDArray[np.bool_] | None = None, block_rows: int = BLOCK_ROWS, device: str | None = None,
+) -> tuple[IntArray, FloatArray]:  # fmt: skip
     """Find edges with the components of `pairs_above`, and at most N - 1 of them, however many pairs there are.
 
     Rows of equal bytes hang on their first one. Then the rows close to a few leaders are joined to them and laid side
@@ -73,6 +75,8 @@ def edges_above(
     Args:
         vectors: float16 or float32 [N, d].
         threshold: inclusive, as in `pairs_above`.
+        fresh: bool[N]; pairs of rows that are not fresh are known, and are neither compared nor reported (but rows of
+            equal bytes always are). Default: all are fresh.
         block_rows: rows of a tile.
         device: torch device.
 
@@ -85,13 +89,14 @@ def edges_above(
     """
     first = first_equal(vectors) if isinstance(vectors, np.ndarray) and vectors.ndim == 2 else None
     block = Block(vectors, threshold, device, only=first)
-    forest = _Forest(block)
+    forest = _Forest(block, np.ones(len(vectors), np.bool_) if fresh is None else fresh)
     if first is not None:
         copies = np.flatnonzero(first != np.arange(len(first)))
         forest.add(*_joined(list(block.recheck(first[copies], copies, given=True))))
     forest.lead()
     block.reorder(forest.order())
-    for left, right in _proposals(block, _open_spans(forest, block, block_rows)):
+    known = int((~forest.fresh[block.rows]).sum())
+    for left, right in _proposals(block, _open_spans(forest, block, known, block_rows)):
         for start in range(0, len(left), 1 << 16):
             i, j = left[start : start + (1 << 16)], right[start : start + (1 << 16)]
             labels = forest.label[block.rows]
@@ -192,16 +197,18 @@ def _spans_of(n: int, size: int) -> list[tuple[int, int]]:
 Tile = tuple[tuple[int, int], tuple[int, int]]
 
 
-def _spans(n: int, size: int) -> Iterator[Tile]:
-    spans = _spans_of(n, size)
-    for place, span in enumerate(spans):
-        for other in spans[place:]:
+def _spans(n: int, size: int, known: int = 0) -> Iterator[Tile]:
+    """Tiles that hold all pairs, but those among the first `known` rows."""
+    old = _spans_of(known, size)
+    new = [(start + known, stop + known) for start, stop in _spans_of(n - known, size)]
+    for place, span in enumerate([*old, *new]):
+        for other in new[max(0, place - len(old)) :]:
             yield span, other
 
 
-def _open_spans(forest: "_Forest", block: Block, size: int) -> Iterator[Tile]:
+def _open_spans(forest: "_Forest", block: Block, known: int, size: int) -> Iterator[Tile]:
     """Yield the tiles whose rows are not all connected yet."""
-    for span, other in _spans(len(block), size):
+    for span, other in _spans(len(block), size, known):
         a = forest.label[block.rows[span[0] : span[1]]]
         b = forest.label[block.rows[other[0] : other[1]]]
         if a[0] != b[0] or (a != a[0]).any() or (b != b[0]).any():
@@ -261,10 +268,10 @@ def first_equal(vectors: VectorArray) -> IntArray:
 
 
 class _Forest:
-    """Edges found so far, and which rows they connect."""
+    """Edges found so far, and which rows they connect. Of the given rows, those that are not fresh are known."""
 
-    def __init__(self, block: Block) -> None:
-        self.block = block
+    def __init__(self, block: Block, fresh: npt.NDArray[np.bool_]) -> None:
+        self.block, self.fresh = block, fresh
         self.label: IntArray = np.arange(len(block.given), dtype=np.int64)
         self.pairs = np.empty((0, 2), np.int64)
         self.cosines = np.empty(0, np.float32)
@@ -288,11 +295,12 @@ class _Forest:
         self.label = groups(len(self.label), self.pairs)
 
     def lead(self) -> None:
-        """Join the rows near a few evenly spaced leaders to them."""
+        """Join the rows near a few evenly spaced fresh leaders to them."""
         block = self.block
-        if len(block) <= 4 * LEADERS:
+        new = np.flatnonzero(self.fresh[block.rows])
+        if len(new) <= 4 * LEADERS:
             return
-        leaders = np.arange(0, len(block), len(block) // LEADERS)
+        leaders = new[:: len(new) // LEADERS]
         unit = block.unit(block.rows[leaders])
         sure = float(block.threshold) + block.rounding
         for start, stop in _spans_of(len(block), 1 << 14):
@@ -304,10 +312,10 @@ class _Forest:
         self.fold()
 
     def order(self) -> IntArray:
-        """Order of the block's rows that lays connected ones side by side, the largest component first."""
+        """Order of the block's rows: known ones first, and connected ones side by side, the largest component first."""
         label = self.label[self.block.rows]
         size = np.bincount(label, minlength=len(self.label))[label]
-        return np.lexsort((label, -size))
+        return np.lexsort((label, -size, self.fresh[self.block.rows]))
 
     def result(self) -> tuple[IntArray, FloatArray]:
         """Return the forest, ascending."""

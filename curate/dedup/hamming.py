@@ -1,40 +1,37 @@
 """All pairs of 64-bit hashes within a Hamming radius: exact, in memory that is bounded and stated.
 
-Block permutation (Manku, Jain, Das Sarma, WWW 2007): per table of `hamming_tables`, sort the permuted hashes and
-compare the neighbours that share the table's key. Three things keep it near-linear on what the web holds:
+Block permutation (Manku, Jain, Das Sarma, WWW 2007) over the tables of `hamming_tables`, worked by `hamming_match`.
+Three things keep it near-linear on what the web holds:
 
 - equal hashes (blank images, placeholders) are folded into one before anything is compared;
-- a long run of different hashes with one key (near-blank images) is planned again by itself, from its own bits;
+- long runs of nearly equal hashes are planned again, and what is connected already is not compared for components;
 - matches go to a sink that bounds memory: `pairs_within` refuses when the list of pairs cannot fit, `edges_within`
-  keeps only the edges that hold the components together.
+  keeps only edges that hold the components together.
 
-It knows nothing of images, keys or files.
+Hashes whose pairs among themselves are known are compared with the fresh ones only. It knows nothing of images, keys
+or files.
 """
 
 import os
 import threading
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
+from itertools import chain
 
 import numpy as np
 import numpy.typing as npt
 
 from curate.dedup.components import spanning_forest
+from curate.dedup.hamming_match import Match, between, between_table, is_crowded, join_neighbours, within, within_table
 from curate.dedup.hamming_tables import HashArray, Tables, plan_tables
 from curate.errors import PlanError
 
 IntArray = npt.NDArray[np.int64]
-Match = tuple[HashArray, HashArray]
+BoolArray = npt.NDArray[np.bool_]
 
 MAX_RADIUS = 10
-CHUNK_ROWS = 1 << 16  # 512 kB of hashes: xor, count and compare stay in the second-level cache
-LONG_RUN = 512  # a run of one key beyond this is planned again; below, comparing all with all is cheaper than a plan
-SMALL = 4_096  # all with all takes 10 ms
-MAX_DEPTH = 4
-DENSE = 0.12  # below this share of active rows, gathering them beats sweeping the whole chunk
 # Peak per pair while the list is unfolded and sorted: tracemalloc saw 103 (equal hashes) to 128 (all different).
 BYTES_PER_PAIR = 128
-MATCHES = 1 << 20  # pairs handed over at a time
 
 
 def pairs_within(hashes: HashArray, radius: int, *, memory_gb: float = 4.0, threads: int | None = None) -> IntArray:
@@ -56,25 +53,27 @@ def pairs_within(hashes: HashArray, radius: int, *, memory_gb: float = 4.0, thre
     _check(hashes, radius)
     fold = _Fold(hashes)
     sink = _AllPairs(fold, int(memory_gb * 1e9 / BYTES_PER_PAIR))
-    _match(fold.distinct, radius, sink, threads)
+    _match(fold.distinct, np.ones(len(fold.distinct), np.bool_), radius, sink, threads)
     return sink.unfold()
 
 
-def edges_within(hashes: HashArray, radius: int, *, memory_gb: float = 4.0, threads: int | None = None) -> IntArray:
+def edges_within(
+    hashes: HashArray, radius: int, *,
+    fresh: BoolArray | None = None, memory_gb: float = 4.0, threads: int | None = None,
+) -> tuple[IntArray, int]:  # fmt: skip
     """Find edges with the components of `pairs_within`, and at most N - 1 of them.
-
-    The edges are those of the minimum spanning forest of all pairs under the order (distance, i, j), which is unique:
-    equal hashes hang on their first one, and near ones are joined by the nearest pair. So the result depends neither
-    on `memory_gb` nor on `threads`.
 
     Args:
         hashes: uint64[N].
         radius: 0 … 10.
+        fresh: bool[N]; pairs of hashes that are not fresh are known, and are neither compared nor reported (but equal
+            hashes always are). Default: all are fresh.
         memory_gb: what edges may take before they are folded into a forest.
         threads: as in `pairs_within`.
 
     Returns:
-        int64[M, 2]: positions i < j, each a true pair, ascending.
+        (int64[M, 2], how many pairs of different hashes were compared): positions i < j, each a true pair, ascending;
+        equal hashes hang on their first one. Which near pairs are chosen depends on the hashes alone.
 
     Raises:
         PlanError: wrong dtype, shape or radius.
@@ -82,23 +81,26 @@ def edges_within(hashes: HashArray, radius: int, *, memory_gb: float = 4.0, thre
     _check(hashes, radius)
     fold = _Fold(hashes)
     sink = _Forest(fold, max(1 << 16, int(memory_gb * 1e9 / BYTES_PER_PAIR)))
-    _match(fold.distinct, radius, sink, threads)
-    return _ascending(np.concatenate([fold.stars(), sink.fold_away()]), len(hashes))
+    compared = _match(fold.distinct, fold.fresh(fresh), radius, sink, threads)
+    return _ascending(np.concatenate([fold.stars(), sink.fold_away()]), len(hashes)), compared
 
 
-def edges_in_table(hashes: HashArray, tables: Tables, table: int) -> IntArray:
+def edges_in_table(
+    hashes: HashArray, tables: Tables, table: int, *, fresh: BoolArray | None = None
+) -> tuple[IntArray, int]:
     """Find one table's share of the edges, for hashes that were partitioned by that table's key.
 
-    Over all tables, and over all partitions of each, every pair of different hashes within the radius is found once;
-    equal hashes hang on their first one, in table 0 only. `hashes` must hold all that share a key with any of them.
+    Over all tables, and over all partitions of each, the components are those of all pairs; equal hashes hang on their
+    first one, in table 0 only. `hashes` must hold all that share a key with any of them.
 
     Args:
         hashes: uint64[N] as given (not permuted).
         tables: the plan, the same for the whole corpus.
         table: which of its tables.
+        fresh: as in `edges_within`.
 
     Returns:
-        int64[M, 2]: positions i < j, ascending; different hashes are named by their first position.
+        As `edges_within`; different hashes are named by their first position.
 
     Raises:
         PlanError: wrong dtype or shape, no such table, or more pairs than 4 GB hold.
@@ -108,10 +110,10 @@ def edges_in_table(hashes: HashArray, tables: Tables, table: int) -> IntArray:
         raise PlanError(f"edges_in_table: table is {table}; the plan has {len(tables)} tables")
     fold = _Fold(hashes)
     sink = _Forest(fold, int(4e9 / BYTES_PER_PAIR))
-    for match in _table_matches(fold.distinct, tables, table, 0):
-        sink.take(*match)
+    rounds, compared = _rounds(fold.distinct, fold.fresh(fresh), tables, sink)
+    compared += _work(rounds, tables, table, sink)
     stars = fold.stars() if table == 0 else np.empty((0, 2), np.int64)
-    return _ascending(np.concatenate([stars, sink.fold_away()]), len(hashes))
+    return _ascending(np.concatenate([stars, sink.fold_away()]), len(hashes)), compared
 
 
 def _check(hashes: HashArray, radius: int) -> None:
@@ -139,6 +141,12 @@ class _Fold:
         self.distinct: HashArray = ordered[self.start]
         self.count = np.diff(np.r_[self.start, len(hashes)])
 
+    def fresh(self, rows: BoolArray | None) -> BoolArray:
+        """Tell which values have fresh rows only; None: all rows are fresh."""
+        if rows is None or not len(self.start):
+            return np.ones(len(self.start), np.bool_)
+        return np.logical_and.reduceat(rows[self.order], self.start)
+
     def first(self, values: HashArray) -> IntArray:
         """Return the first position of each value."""
         return self.order[self.start[np.searchsorted(self.distinct, values)]]
@@ -154,6 +162,8 @@ class _Fold:
 class _AllPairs:
     """Collects every match; refuses as soon as the list cannot fit."""
 
+    joined = False
+
     def __init__(self, fold: _Fold, limit: int) -> None:
         self.fold, self.limit = fold, limit
         self.lock = threading.Lock()
@@ -161,13 +171,14 @@ class _AllPairs:
         self.total = sum(int(c) * (int(c) - 1) // 2 for c in fold.count[fold.count > 1])
         self._refuse_excess()
 
-    def take(self, left: HashArray, right: HashArray) -> None:
-        """Add matches between distinct values."""
+    def take(self, left: HashArray, right: HashArray, compared: int) -> int:
+        """Add matches between distinct values; returns `compared`."""
         a, b = np.searchsorted(self.fold.distinct, left), np.searchsorted(self.fold.distinct, right)
         with self.lock:
             self.parts.append((a, b))
             self.total += int((self.fold.count[a] * self.fold.count[b]).sum())
             self._refuse_excess()
+        return compared
 
     def unfold(self) -> IntArray:
         """Turn pairs of distinct values into all pairs of positions, ascending."""
@@ -198,6 +209,8 @@ class _AllPairs:
 class _Forest:
     """Keeps the minimum spanning forest of the matches under (distance, i, j)."""
 
+    joined = True
+
     def __init__(self, fold: _Fold, limit: int) -> None:
         self.fold, self.limit = fold, limit
         self.lock = threading.Lock()
@@ -205,8 +218,8 @@ class _Forest:
         self.distances: list[npt.NDArray[np.uint8]] = []
         self.held = 0
 
-    def take(self, left: HashArray, right: HashArray) -> None:
-        """Add matches between distinct values."""
+    def take(self, left: HashArray, right: HashArray, compared: int) -> int:
+        """Add matches between distinct values; returns `compared`."""
         i, j = self.fold.first(left), self.fold.first(right)
         pairs = np.stack([np.minimum(i, j), np.maximum(i, j)], axis=1)
         with self.lock:
@@ -216,6 +229,7 @@ class _Forest:
             if self.held > self.limit:
                 self.fold_away()
                 self.limit = max(self.limit, 2 * self.held)  # a forest that fills the buffer would be folded each time
+        return compared
 
     def fold_away(self) -> IntArray:
         """Reduce what is held to the forest, and return it."""
@@ -227,119 +241,67 @@ class _Forest:
         return self.parts[0]
 
 
-def _match(distinct: HashArray, radius: int, sink: _AllPairs | _Forest, threads: int | None) -> None:
-    """Send every pair of distinct values within the radius to the sink, once, tables in parallel."""
-    if radius == 0 or len(distinct) < 2:
-        return
-    tables = plan_tables(distinct, radius)
+Sink = _AllPairs | _Forest
+Round = tuple[HashArray, HashArray, bool]
+
+
+def _match(distinct: HashArray, fresh: BoolArray, radius: int, sink: Sink, threads: int | None) -> int:
+    """Send every pair of distinct values within the radius to the sink, tables in parallel; returns how many compared.
+
+    Pairs without a fresh value are left out, and for a forest those that are connected already.
+    """
+    if radius == 0 or not fresh.any() or len(distinct) < 2:
+        return 0
+    tables = plan_tables(distinct, radius, pairs=_pairs([(distinct[fresh], distinct[~fresh], True)]))
+    rounds, compared = _rounds(distinct, fresh, tables, sink)
+    if compared:
+        new = np.concatenate([new for new, _, _ in rounds])
+        tables = plan_tables(new, radius, n=len(distinct), pairs=_pairs(rounds))
     if not len(tables):
-        for match in _all_with_all(distinct, radius):
-            sink.take(*match)
-        return
-
-    def work(table: int) -> None:
-        for match in _table_matches(distinct, tables, table, 0):
-            sink.take(*match)
-
+        for new, known, inner in rounds:
+            found = [within(new, radius, joined=sink.joined)] if inner else []
+            compared += _sent(chain(*found, between(new, known, radius, joined=sink.joined)), sink)
+        return compared
     cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
-    workers = min(len(tables), threads or cores)
-    with ThreadPoolExecutor(workers) as pool:
-        futures = [pool.submit(work, table) for table in range(len(tables))]
+    with ThreadPoolExecutor(min(len(tables), threads or cores)) as pool:
+        futures = [pool.submit(_work, rounds, tables, table, sink) for table in range(len(tables))]
         try:
-            for future in futures:
-                future.result()
+            return compared + sum(future.result() for future in futures)
         except BaseException:
             pool.shutdown(wait=False, cancel_futures=True)
             raise
 
 
-def _matches(values: HashArray, radius: int, depth: int) -> Iterator[Match]:
-    """Yield every pair of distinct values within the radius once; for the long runs inside a table."""
-    tables = None if len(values) <= SMALL or depth >= MAX_DEPTH else plan_tables(values, radius)
-    if tables is None or not len(tables):
-        yield from _all_with_all(values, radius)
-        return
-    for table in range(len(tables)):
-        yield from _table_matches(values, tables, table, depth)
+def _rounds(distinct: HashArray, fresh: BoolArray, tables: Tables, sink: Sink) -> tuple[list[Round], int]:
+    """What must be compared with what (new values, others, whether the new ones among themselves too).
+
+    Where a forest is asked for and the hashes are crowded, the crowd is joined first (returns how many that compared),
+    and its pairs are left out.
+    """
+    if not sink.joined or not is_crowded(distinct, tables):
+        return [(distinct[fresh], distinct[~fresh], True)], 0
+    edges, inside = join_neighbours(distinct, tables.radius)
+    new = fresh & ~inside
+    return [(distinct[new], distinct[~new], True), (distinct[fresh & inside], distinct[~fresh & ~inside], False)], (
+        sink.take(*edges)
+    )
 
 
-def _table_matches(values: HashArray, tables: Tables, table: int, depth: int) -> Iterator[Match]:
-    """Yield the pairs within the radius that belong to this table."""
-    permuted = tables.permute(values, table)
-    permuted.sort()
-    shift = np.uint64(64 - tables.key_bits(table))
-    for start, stop in _chunks(permuted, shift):
-        for left, right in _in_runs(permuted[start:stop], shift, tables.radius, depth):
-            a, b = tables.restore(left, table), tables.restore(right, table)
-            mine = tables.owned(a, b, table)
-            if mine.any():
-                yield a[mine], b[mine]
+def _pairs(rounds: list[Round]) -> float:
+    """How many pairs these rounds ask about."""
+    return float(sum(len(new) * (len(known) + inner * (len(new) - 1) / 2) for new, known, inner in rounds))
 
 
-def _chunks(ordered: HashArray, shift: np.uint64) -> Iterator[tuple[int, int]]:
-    """Cut where the key changes; a chunk is longer than CHUNK_ROWS only when it is one run."""
-    start, n = 0, len(ordered)
-    while start < n:
-        stop = start + CHUNK_ROWS
-        if stop >= n:
-            stop = n
-        else:
-            key = ordered[stop] >> shift << shift
-            stop = int(np.searchsorted(ordered, key, "left"))
-            if stop <= start:
-                last = key | ((np.uint64(1) << shift) - np.uint64(1))
-                stop = int(np.searchsorted(ordered, last, "right"))
-        yield start, stop
-        start = stop
+def _work(rounds: list[Round], tables: Tables, table: int, sink: Sink) -> int:
+    """A table's share of the rounds."""
+    compared = 0
+    for new, known, inner in rounds:
+        if inner:
+            compared += _sent(within_table(new, tables, table, joined=sink.joined), sink)
+        if len(new) and len(known):
+            compared += _sent(between_table(new, known, tables, table, joined=sink.joined), sink)
+    return compared
 
 
-def _in_runs(chunk: HashArray, shift: np.uint64, radius: int, depth: int) -> Iterator[Match]:
-    """Yield the pairs within the radius in every run of one key (and, rarely, some across runs)."""
-    keys = chunk >> shift
-    edges = np.flatnonzero(np.r_[True, keys[1:] != keys[:-1], True])
-    runs = np.diff(edges)
-    if (long := runs > LONG_RUN).any():
-        for run in np.flatnonzero(long):
-            yield from _matches(chunk[edges[run] : edges[run + 1]], radius, depth + 1)
-        short = np.repeat(~long, runs)
-        chunk, keys, runs = chunk[short], keys[short], runs[~long]
-    if len(runs) and (longest := int(runs.max())) > 1:
-        sizes = np.bincount(runs, minlength=longest + 1)
-        at_least = np.cumsum(sizes[::-1])[::-1]  # runs of this length or more
-        active = np.cumsum(at_least[::-1])[::-1]  # rows whose run reaches at least this far, the row included
-        yield from _sweep(chunk, keys, radius, active)
-
-
-def _sweep(chunk: HashArray, keys: HashArray, radius: int, active: npt.NDArray[np.int64]) -> Iterator[Match]:
-    """Compare each row with the rows `offset` further, for every offset that some run reaches."""
-    found: list[Match] = []
-    held = 0
-    rows: npt.NDArray[np.int64] | None = None
-    for offset in range(1, len(active) - 1):
-        if active[offset + 1] >= DENSE * len(chunk):
-            hit = np.flatnonzero(np.bitwise_count(chunk[offset:] ^ chunk[:-offset]) <= radius)
-        else:
-            if rows is None:
-                rows = np.flatnonzero(keys[offset:] == keys[:-offset])
-            else:
-                rows = rows[: np.searchsorted(rows, len(chunk) - offset)]
-                rows = rows[keys[rows] == keys[rows + offset]]
-            hit = rows[np.bitwise_count(chunk[rows] ^ chunk[rows + offset]) <= radius]
-        if len(hit):
-            found.append((chunk[hit], chunk[hit + offset]))
-            held += len(hit)
-        if held >= MATCHES:
-            yield _joined(found)
-            found, held = [], 0
-    if found:
-        yield _joined(found)
-
-
-def _all_with_all(values: HashArray, radius: int) -> Iterator[Match]:
-    one_run = np.zeros(len(values), np.uint64)
-    active = np.arange(len(values) + 1, 0, -1)
-    yield from _sweep(values, one_run, radius, active)
-
-
-def _joined(found: list[Match]) -> Match:
-    return np.concatenate([match[0] for match in found]), np.concatenate([match[1] for match in found])
+def _sent(found: Iterator[Match], sink: Sink) -> int:
+    return sum(sink.take(*match) for match in found)

@@ -78,11 +78,11 @@ class Tables:
         Hashes with equal top `key_bits(table)` bits are each other's candidates, so the top bits also say where a
         hash goes when a table is partitioned over workers.
         """
-        return _permute(hashes, self._bit_order(table))
+        return permute_bits(hashes, self._bit_order(table))
 
     def restore(self, permuted: HashArray, table: int) -> HashArray:
         """Undo `permute`."""
-        return _permute(permuted, (BITS - 1 - np.argsort(self._bit_order(table)))[::-1])
+        return permute_bits(permuted, (BITS - 1 - np.argsort(self._bit_order(table)))[::-1])
 
     def owned(self, left: HashArray, right: HashArray, table: int) -> npt.NDArray[np.bool_]:
         """Tell which pairs (of hashes as given, not permuted) are this table's to report."""
@@ -202,7 +202,7 @@ def _collisions(sample: HashArray, block: int, entropy: npt.NDArray[np.float64])
     return max(seen, independent)
 
 
-def _permute(hashes: HashArray, order: npt.NDArray[np.int64]) -> HashArray:
+def permute_bits(hashes: HashArray, order: npt.NDArray[np.int64]) -> HashArray:
     """Rearrange the bits: eight look-ups of a byte each, in slices that stay in the cache."""
     target = np.empty(BITS, np.uint64)  # where each source bit goes
     target[order] = np.uint64(1) << np.arange(BITS - 1, -1, -1, dtype=np.uint64)

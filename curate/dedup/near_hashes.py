@@ -14,14 +14,14 @@ import numpy.typing as npt
 
 from curate.dedup.hamming import edges_in_table, edges_within
 from curate.dedup.hamming_tables import HashArray, Tables, plan_tables
-from curate.dedup.near import Edges, IntArray, Pool, Records
+from curate.dedup.near import FRESH, Edges, IntArray, Pool, Records
 
 HASH_BITS = 64
 ROWS_PER_TASK = 16_000_000  # hashes compared in one task: 0.3 GB of hashes and row numbers, about 1 GB at the peak
 SHARDS_PER_CHUNK = 200
 SAMPLED_SHARDS = 64  # the plan looks at the bits of these
 
-_RECORD = np.dtype([("hash", np.uint64), ("row", np.int64)])
+_RECORD = np.dtype([("hash", np.uint64), ("row", np.int64), ("known", np.int64)])
 
 
 @dataclass(frozen=True)
@@ -36,7 +36,7 @@ class HashSearch:
 
     @property
     def record(self) -> np.dtype[Any]:
-        """A hash and its row."""
+        """A hash, its row, the group that it is known to be in."""
         return _RECORD
 
     @property
@@ -44,10 +44,12 @@ class HashSearch:
         """Tables."""
         return 1 if self.tables is None else len(self.tables)
 
-    def deal(self, values: HashArray, rows: IntArray) -> tuple[Edges, Iterator[tuple[npt.NDArray[np.int32], Records]]]:
+    def deal(
+        self, values: HashArray, rows: IntArray, known: IntArray
+    ) -> tuple[Edges, Iterator[tuple[npt.NDArray[np.int32], Records]]]:
         """Every hash into one partition of each table."""
         records = np.empty(len(values), _RECORD)
-        records["hash"], records["row"] = values, rows
+        records["hash"], records["row"], records["known"] = values, rows, known
         return (np.empty((0, 2), np.int64), np.empty(0, np.float32)), self._blocks(records)
 
     def _blocks(self, records: Records) -> Iterator[tuple[npt.NDArray[np.int32], Records]]:
@@ -59,14 +61,17 @@ class HashSearch:
                 top = self.tables.permute(np.ascontiguousarray(records["hash"]), block) >> np.uint64(64 - bits)
                 yield top.astype(np.int32), records
 
-    def find(self, block: int, part: int, pieces: Iterable[Records]) -> Edges:
+    def find(self, block: int, part: int, pieces: Iterable[Records], lost: IntArray) -> tuple[Edges, int]:
         """Edges of a table among the hashes of a range of its key; similarity is 1 less a 64th for each bit."""
         records = np.concatenate([np.empty(0, _RECORD), *pieces])
         hashes = np.ascontiguousarray(records["hash"])
-        tables = self.tables
-        pairs = edges_within(hashes, self.radius) if tables is None else edges_in_table(hashes, tables, block)
+        fresh = (records["known"] == FRESH) | np.isin(records["known"], lost)
+        if self.tables is None:
+            pairs, compared = edges_within(hashes, self.radius, fresh=fresh)
+        else:
+            pairs, compared = edges_in_table(hashes, self.tables, block, fresh=fresh)
         distance = np.bitwise_count(hashes[pairs[:, 0]] ^ hashes[pairs[:, 1]])
-        return np.asarray(records["row"][pairs], np.int64), similarity_of(distance)
+        return (np.asarray(records["row"][pairs], np.int64), similarity_of(distance)), compared
 
 
 def search_hashes(pool: Pool, radius: int) -> HashSearch:

@@ -1,8 +1,10 @@
 """Vectors near in cosine as a search over partitions (`near`): k-means cells, each vector in its nearest few.
 
-Cells are trained once on a seeded sample of a spread of shards and kept in the store. A partition is a run of cells; a
-row enters it once, with its vector, however many of its cells lie there. Inside a cell the search is exact (`cosine`),
-and pairs that share no cell are missed: `measure_pool` says how many. A pool of up to 40,000 rows is one cell, exact.
+Cells are trained on a seeded sample of the pool's founders: its first shards, up to the largest power of two of rows. So
+they stay the same, and old pairs known, while a pool grows to twice its size, and then all is compared anew: each row
+is, whatever the number of refreshes, compared with all a few times. A partition is a run of cells; a row enters it
+once, with its vector, however many of its cells lie there. Inside a cell the search is exact (`cosine`), and pairs that
+share no cell are missed: `measure_pool` says how many. A pool of up to 40,000 rows is one cell, exact.
 
 Rows of equal bytes are folded into the first of them before they are dealt and again while a partition is read, so a
 placeholder image that is half of the pool is held once. Three forms (RECIPES 2 and 5), each the published algorithm
@@ -14,7 +16,7 @@ where one cell (SemDeDup: the cell) holds what is compared:
     semdedup    one cell for each row, the farthest from the centre first; no components
 """
 
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from typing import Any, Literal
@@ -36,11 +38,13 @@ from curate.dedup.cells import (
 from curate.dedup.components import spanning_forest
 from curate.dedup.cosine import edges_above, first_equal, nearest_above
 from curate.dedup.cosine_block import VectorArray
-from curate.dedup.near import Edges, IntArray, Pool, Records
+from curate.dedup.near import FRESH, Edges, IntArray, Pool, Records
+from curate.schema import Shard
 from curate.dedup.semdedup import rank_rows, similarity_to_earlier
 from curate.store import Store
 from curate.vectors import get_arrays, put_arrays
 
+BoolArray = npt.NDArray[np.bool_]
 Form = Literal["threshold", "dinov2", "semdedup"]
 
 PARTITION_BYTES = 1 << 29  # of records in one task; comparing a cell of them takes about as much again
@@ -72,8 +76,11 @@ class VectorSearch:
 
     @property
     def record(self) -> np.dtype[Any]:
-        """A row, the cells that it entered, its vector."""
-        return np.dtype([("row", np.int64), ("cells", np.int32, (self.probes,)), ("vector", self.dtype, (self.width,))])
+        """A row, the group that it is known to be in, the cells that it entered, its vector."""
+        return np.dtype([
+            ("row", np.int64), ("known", np.int64), ("cells", np.int32, (self.probes,)),
+            ("vector", self.dtype, (self.width,)),
+        ])  # fmt: skip
 
     @property
     def grouped(self) -> bool:
@@ -97,7 +104,7 @@ class VectorSearch:
         return {name: value for name, value in self.__dict__.items() if name != "cells"}  # each worker reads them
 
     def deal(
-        self, values: VectorArray, rows: IntArray
+        self, values: VectorArray, rows: IntArray, known: IntArray
     ) -> tuple[Edges, Iterator[tuple[npt.NDArray[np.int32], Records]]]:
         """Every usable vector into the partitions of its cells."""
         centres, part_of = self.cells
@@ -111,19 +118,21 @@ class VectorSearch:
         new = np.ones(parts.shape, np.bool_)
         new[:, 1:] = parts[:, 1:] != parts[:, :-1]
         which, column = np.nonzero(new)
-        dealt = _Dealt(self.record, rows[kept], cells, values, kept, which)
+        dealt = _Dealt(self.record, rows[kept], known[kept], cells, values, kept, which)
         return (edges[0][alive], edges[1][alive]), iter([(parts[which, column], dealt)])  # type: ignore[list-item]
 
-    def find(self, block: int, part: int, pieces: Iterable[Records]) -> Edges:
+    def find(self, block: int, part: int, pieces: Iterable[Records], lost: IntArray) -> tuple[Edges, int]:
         """Edges inside the cells of one partition."""
         records, copies = self._load(pieces)
+        fresh = (records["known"] == FRESH) | np.isin(records["known"], lost)
         _, part_of = self.cells
         found = [copies]
-        held = 0
+        held = compared = 0
         for cell, mine in rows_of_cells(np.ascontiguousarray(records["cells"])):
-            if part_of[cell] != part:
+            if part_of[cell] != part or not fresh[mine].any():
                 continue
-            pairs, similarity = self._in_cell(np.ascontiguousarray(records["vector"][mine]), cell)
+            pairs, similarity = self._in_cell(np.ascontiguousarray(records["vector"][mine]), cell, fresh[mine])
+            compared += pairs_with_fresh(fresh[mine])
             found.append((records["row"][mine][pairs], similarity))
             held += len(pairs)
             if self.form == "dinov2" and held > EDGES_HELD:
@@ -137,11 +146,11 @@ class VectorSearch:
             ends = np.sort(pairs, axis=1)
             forest = spanning_forest(ends, -similarity)
             pairs, similarity = ends[forest], similarity[forest]
-        return pairs, similarity
+        return (pairs, similarity), compared
 
-    def _in_cell(self, vectors: VectorArray, cell: int) -> Edges:
+    def _in_cell(self, vectors: VectorArray, cell: int, fresh: BoolArray) -> Edges:
         if self.form == "threshold":
-            return edges_above(vectors, self.threshold)
+            return edges_above(vectors, self.threshold, fresh=fresh)
         if self.form == "dinov2":
             return nearest_above(vectors, self.threshold, self.neighbours)
         wide = vectors.astype(np.float64)  # row by row, so that the ranking does not depend on the block
@@ -181,10 +190,17 @@ class _Dealt:
     """Records made as they are asked for: a chunk's records are several times its vectors."""
 
     def __init__(
-        self, record: np.dtype[Any], rows: IntArray, cells: CellArray, values: VectorArray, kept: IntArray,
-        which: IntArray,
+        self, record: np.dtype[Any], rows: IntArray, known: IntArray, cells: CellArray, values: VectorArray,
+        kept: IntArray, which: IntArray,
     ) -> None:  # fmt: skip
-        self.record, self.rows, self.cells, self.values, self.kept = record, rows, cells, values, kept
+        self.record, self.rows, self.known, self.cells, self.values, self.kept = (
+            record,
+            rows,
+            known,
+            cells,
+            values,
+            kept,
+        )
         self.which = which
 
     def __len__(self) -> int:
@@ -193,7 +209,7 @@ class _Dealt:
     def __getitem__(self, at: IntArray) -> Records:
         which = self.which[at]
         records = np.empty(len(which), self.record)
-        records["row"], records["cells"] = self.rows[which], self.cells[which]
+        records["row"], records["known"], records["cells"] = self.rows[which], self.known[which], self.cells[which]
         records["vector"] = self.values[self.kept[which]]
         return records
 
@@ -210,16 +226,32 @@ def fold_equal(vectors: VectorArray, rows: IntArray, most: int) -> tuple[IntArra
     return np.flatnonzero(place < most), (pairs, np.ones(len(copies), np.float32))
 
 
+def pairs_with_fresh(fresh: BoolArray) -> int:
+    """Pairs of rows, one of them fresh at least."""
+    new = int(fresh.sum())
+    return new * (new - 1) // 2 + new * (len(fresh) - new)
+
+
+def founders(shards: Sequence[Shard]) -> Sequence[Shard]:
+    """The first shards, up to the largest power of two of rows that the pool has; all, where one cell holds the pool."""
+    ends = np.cumsum([0, *(shard.rows for shard in shards)])
+    if ends[-1] <= ONE_CELL * ROWS_PER_CELL:
+        return shards
+    return shards[: int(np.searchsorted(ends, 1 << (int(ends[-1]).bit_length() - 1)))]
+
+
 def search_vectors(
-    pool: Pool, form: Form, threshold: float, neighbours: int, cells: int | None, width: int, dtype: str
+    pool: Pool, founding: Pool, form: Form, threshold: float, neighbours: int, cells: int | None, width: int, dtype: str
 ) -> VectorSearch:
     """The search for this pool. Writes its cells and the sample that recall is measured on, unless they are there."""
     path = pool.place("cells.npz")
     size = np.dtype(dtype).itemsize * width
+    if not pool.store.exists(pool.place("sample.npz")):
+        put_arrays(pool.store, pool.place("sample.npz"), **_recall_sample(pool, width, dtype))
     if not pool.store.exists(path):
-        centres, drawn = _train(pool, form, cells, width, dtype)
+        centres, drawn = _train(founding, pool.rows, form, cells, width, dtype)
         probes = 1 if form == "semdedup" else min(PROBES, len(centres))
-        bytes_dealt = pool.rows * min(probes, len(centres)) * (size + 8 + 4 * probes)
+        bytes_dealt = pool.rows * min(probes, len(centres)) * (size + 16 + 4 * probes)
         parts = min(len(centres), max(PARTS, -(-bytes_dealt // PARTITION_BYTES)))
         put_arrays(pool.store, path, centres=centres, part=_even_parts(drawn, centres, probes, parts))
     part = get_arrays(pool.store, path)["part"]
@@ -232,29 +264,39 @@ def search_vectors(
     )  # fmt: skip
 
 
-def _train(
-    pool: Pool, form: Form, cells: int | None, width: int, dtype: str
-) -> tuple[npt.NDArray[np.float32], VectorArray]:
-    """Cells for this pool and the vectors that they were trained on; also writes `sample.npz`, to measure recall."""
-    probes = 1 if form == "semdedup" else PROBES
-    rows_per_cell = PUBLISHED_ROWS_PER_CELL if form == "semdedup" else ROWS_PER_CELL
-    count = cells or max(1, round(pool.rows * probes / rows_per_cell))
-    most = SAMPLE_BYTES // (4 * width)
-    wanted = max(RECALL_ROWS, min(count * SAMPLE_PER_CELL, most))
-    vectors, rows, share = _draw(pool, wanted, width, dtype)
-    usable = assign_cells(vectors, np.ones((1, width), np.float32), 1)[0][:, 0] >= 0
+def _usable(vectors: VectorArray, width: int) -> BoolArray:
+    return np.asarray(assign_cells(vectors, np.ones((1, width), np.float32), 1)[0][:, 0] >= 0)
+
+
+def _recall_sample(pool: Pool, width: int, dtype: str) -> dict[str, npt.NDArray[Any]]:
+    """Rows whose true pairs are counted, and their vectors; one of those with equal bytes."""
+    vectors, rows, _ = _draw(pool, RECALL_ROWS, width, dtype)
+    usable = _usable(vectors, width)
     vectors, rows = vectors[usable], rows[usable]
     chosen = np.random.default_rng(1).permutation(len(rows))[:RECALL_ROWS]
     chosen = chosen[first_equal(vectors[chosen]) == np.arange(len(chosen))]
-    put_arrays(pool.store, pool.place("sample.npz"), row=rows[chosen], vector=vectors[chosen])
+    return {"row": rows[chosen], "vector": vectors[chosen]}
+
+
+def _train(
+    founding: Pool, rows: int, form: Form, cells: int | None, width: int, dtype: str
+) -> tuple[npt.NDArray[np.float32], VectorArray]:
+    """Cells for a pool of so many rows, and the different vectors of its founders that they were trained on."""
+    probes = 1 if form == "semdedup" else PROBES
+    rows_per_cell = PUBLISHED_ROWS_PER_CELL if form == "semdedup" else ROWS_PER_CELL
+    expected = rows if form == "semdedup" else founding.rows * 3 // 2  # between two doublings
+    count = cells or max(1, round(expected * probes / rows_per_cell))
+    wanted = max(RECALL_ROWS, min(count * SAMPLE_PER_CELL, SAMPLE_BYTES // (4 * width)))
+    vectors, _, share = _draw(founding, wanted, width, dtype)
+    vectors = vectors[_usable(vectors, width)]
     even = np.full((1, width), width**-0.5, np.float32)
     different = vectors[first_equal(vectors) == np.arange(len(vectors))]
-    n = round(pool.rows * share * (len(different) / max(1, len(vectors))))
+    n = round(expected * share * (len(different) / max(1, len(vectors))))
     if not len(different):
         return even, different
     if form == "semdedup":
         return train_cells(different, n, cells=cells or max(1, round(n / rows_per_cell)), iterations=100), different
-    if pool.rows <= ONE_CELL * ROWS_PER_CELL:
+    if rows <= ONE_CELL * ROWS_PER_CELL:
         return even, different
     per_cell = max(ROWS_PER_CELL, -(-n * PROBES * LEAST_PER_CELL // len(different)))
     return train_cells(different, n, rows_per_cell=per_cell), different

@@ -22,9 +22,10 @@ import pyarrow as pa
 from curate.across import ROW, decide_across, verdicts_on
 from curate.config import DedupSettings
 from curate.dedup.cells import Recall
+from curate.dedup.known import identity_of, known_to, publish
 from curate.dedup.near import Pool, group_near, pool_of
 from curate.dedup.near_hashes import search_hashes
-from curate.dedup.near_vectors import search_vectors
+from curate.dedup.near_vectors import founders, search_vectors
 from curate.dedup.participants import dtype_of, hashes_on, vectors_on
 from curate.dedup.recall import measure_pool
 from curate.dedup.references import NearestVectors, keep_reference, kept_reference, nearest_hashes, read_reference
@@ -107,11 +108,15 @@ class DedupStep(CrossStep):
         recalls: dict[str, Any] = {}
         for number, rule in enumerate(rules):
             ticker.advance(0, f"{rule.kind}, rule {number + 1} of {len(rules)}")
-            recall = _decide(store, rule, rules[:number], shards, map_items)
+            recall = _decide(store, rule, rules[:number], shards, map_items, counts)
             if recall is not None:
                 recalls[f"{number}:{rule.kind}"] = {**vars(recall), "rate": recall.rate, "at_least": recall.lower}
                 counts[f"{rule.kind}: near pairs of {recall.rows} sampled rows"] += recall.true
                 counts[f"{rule.kind}: of these found"] += recall.found
+        for rule in rules:
+            if rule.refreshed:
+                run = f"{self._spec.fingerprint}-{rule.number}"
+                publish(store, _identity(rule, shards), run, rule.work, shards, map_items)
         told = f"{store.folder(self._spec)}/_recall.json"
         if recalls and not store.exists(told):  # another run at this root may have swept away what was just counted
             store.put_json(told, recalls)
@@ -145,13 +150,17 @@ def _tables(rules: Sequence[Rule], columns: Mapping[str, Column]) -> list[TableS
     return list({columns[name].table.name: columns[name].table for name in sorted(names & set(columns))}.values())
 
 
-def _decide(store: Store, rule: Rule, before: Sequence[Rule], shards: Sequence[Shard], map_items: Map) -> Recall | None:
+def _decide(
+    store: Store, rule: Rule, before: Sequence[Rule], shards: Sequence[Shard], map_items: Map, counts: Counter[str]
+) -> Recall | None:
     """Leave a rule's verdicts in its folder; the recall of its search where it is not exact by construction."""
     recall = None
     values = vectors_on if rule.search == "vectors" else hashes_on
-    pool = pool_of(store, rule.work, partial(values, store, rule, before), shards)
+    of_rule = partial(values, store, rule)
+    pool = pool_of(store, rule.work, partial(of_rule, before), partial(of_rule, ()), shards)
     if rule.grouped:
-        recall = _group(pool, rule, map_items)
+        recall, compared = _group(pool, rule, shards, map_items)
+        counts[f"{rule.kind}: pairs compared"] += compared
     candidates: Callable[..., pa.Table] = copies_on
     decide: Callable[[pa.Table], pa.Table] = partial(first_of_each, rule.settings.keep)
     if rule.reference is not None:
@@ -171,16 +180,27 @@ def _decide(store: Store, rule: Rule, before: Sequence[Rule], shards: Sequence[S
     return recall
 
 
-def _group(pool: Pool, rule: Rule, map_items: Map) -> Recall | None:
+def _group(pool: Pool, rule: Rule, shards: Sequence[Shard], map_items: Map) -> tuple[Recall | None, int]:
+    """Find the groups, with what an earlier run knows; the recall of the search, and how many pairs it compared."""
+    if rule.refreshed:
+        note = pool.place("known.json")
+        pool = replace(pool, known=known_to(pool.store, _identity(rule, shards), note, shards))
     if rule.search == "hashes":
-        group_near(pool, search_hashes(pool, rule.radius), map_items)
-        return None
+        return None, group_near(pool, search_hashes(pool, rule.radius), map_items)
+    founding = pool_of(pool.store, pool.folder, pool.everyone, pool.everyone, founders(shards))
     search = search_vectors(
-        pool, rule.form, rule.threshold, rule.settings.neighbours, rule.settings.cells,
+        pool, founding, rule.form, rule.threshold, rule.settings.neighbours, rule.settings.cells,
         rule.columns[rule.values[0]].type.list_size, dtype_of(rule),
     )  # fmt: skip
-    group_near(pool, search, map_items)
-    return measure_pool(pool, search, map_items)
+    compared = group_near(pool, search, map_items)
+    return measure_pool(pool, search, map_items), compared
+
+
+def _identity(rule: Rule, shards: Sequence[Shard]) -> str:
+    """What the rule compares and how; for vectors, in which cells."""
+    read = {name: rule.columns[name].table.fingerprint for name in ("status", rule.values[0])}
+    cells = pool_digest(founders(shards)) if rule.search == "vectors" and founders(shards) != shards else None
+    return identity_of(rule.search, rule.radius, rule.threshold if rule.search == "vectors" else None, read, cells)
 
 
 def _ask(pool: Pool, rule: Rule, path: str, chunk: range) -> None:

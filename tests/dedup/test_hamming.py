@@ -8,7 +8,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from curate.dedup import hamming, hamming_tables
+from curate.dedup import hamming, hamming_match, hamming_tables
 from curate.dedup.components import groups
 from curate.dedup.hamming import HashArray, IntArray, edges_in_table, edges_within, pairs_within
 from curate.dedup.hamming_tables import Tables, plan_tables
@@ -44,9 +44,9 @@ def _phashes(seed: int, n: int) -> HashArray:
 def tables_always(monkeypatch: pytest.MonkeyPatch) -> None:
     """Make small inputs take the way of large ones: tables, long runs, plans inside plans."""
     monkeypatch.setattr(hamming_tables, "CANDIDATE_NS", 1e6)
-    monkeypatch.setattr(hamming, "SMALL", 8)
-    monkeypatch.setattr(hamming, "LONG_RUN", 4)
-    monkeypatch.setattr(hamming, "CHUNK_ROWS", 16)
+    monkeypatch.setattr(hamming_match, "SMALL", 8)
+    monkeypatch.setattr(hamming_match, "LONG_RUN", 4)
+    monkeypatch.setattr(hamming_match, "CHUNK_ROWS", 16)
 
 
 @settings(max_examples=60, deadline=None)
@@ -102,8 +102,8 @@ def test_many_near_blank_hashes_stay_fast_and_exact() -> None:
 def test_threads_change_nothing() -> None:
     """An order of completion that shows in the result."""
     hashes = _planted(3, 30_000, 3)
-    one = edges_within(hashes, 3, threads=1)
-    np.testing.assert_array_equal(one, edges_within(hashes, 3, threads=4))
+    one, _ = edges_within(hashes, 3, threads=1)
+    np.testing.assert_array_equal(one, edges_within(hashes, 3, threads=4)[0])
     np.testing.assert_array_equal(pairs_within(hashes, 3, threads=1), pairs_within(hashes, 3, threads=4))
 
 
@@ -112,7 +112,7 @@ def test_threads_change_nothing() -> None:
 def test_edges_have_the_components_of_the_pairs(seed: int, radius: int, mask: int) -> None:
     """An edge folded away that held two parts together; a forest as long as the list of pairs."""
     hashes = _planted(seed, 80, radius, mask)
-    edges = edges_within(hashes, radius)
+    edges, _ = edges_within(hashes, radius)
     pairs = pairs_within(hashes, radius)
     assert set(map(tuple, edges)) <= set(map(tuple, pairs)) and len(edges) < len(hashes)
     np.testing.assert_array_equal(groups(80, edges), groups(80, pairs))
@@ -121,10 +121,10 @@ def test_edges_have_the_components_of_the_pairs(seed: int, radius: int, mask: in
 def test_folding_edges_early_changes_nothing(monkeypatch: pytest.MonkeyPatch) -> None:
     """A result that depends on the memory it was given."""
     hashes = _planted(5, 3_000, 6, 0xFFFFFF)
-    whole = edges_within(hashes, 6)
-    monkeypatch.setattr(hamming, "MATCHES", 64)
+    whole, _ = edges_within(hashes, 6)
+    monkeypatch.setattr(hamming_match, "MATCHES", 64)
     monkeypatch.setattr(hamming, "BYTES_PER_PAIR", 1 << 40)  # a limit of the smallest buffer, 65,536
-    np.testing.assert_array_equal(whole, edges_within(hashes, 6))
+    np.testing.assert_array_equal(whole, edges_within(hashes, 6)[0])
 
 
 def test_a_million_equal_hashes_are_refused_or_a_star() -> None:
@@ -132,7 +132,7 @@ def test_a_million_equal_hashes_are_refused_or_a_star() -> None:
     hashes = np.full(1_000_000, 7, np.uint64)
     with pytest.raises(PlanError, match=r"499,999,500,000 pairs.*edges_within"):
         pairs_within(hashes, 3)
-    edges = edges_within(hashes, 3)
+    edges, _ = edges_within(hashes, 3)
     assert len(edges) == 999_999 and (edges[:, 0] == 0).all() and (edges[:, 1] == np.arange(1, 1_000_000)).all()
 
 
@@ -140,15 +140,59 @@ def test_half_of_all_hashes_equal() -> None:
     """A group of equal hashes that hides the pairs of the others, or its own with them."""
     hashes = _planted(9, 4_000, 3)
     hashes[::2] = hashes[1]
-    edges = edges_within(hashes, 3)
+    edges, _ = edges_within(hashes, 3)
     np.testing.assert_array_equal(groups(4_000, edges), groups(4_000, _brute_force(hashes, 3)))
+
+
+@pytest.mark.usefixtures("tables_always")
+@pytest.mark.parametrize(("radius", "mask"), [(0, 0xFFFF), (3, 2**64 - 1), (3, 0xFFFFF), (5, 0xFFFF)])
+def test_fresh_hashes_join_what_is_known(radius: int, mask: int) -> None:
+    """A pair of a new hash with an old one that is lost, or an old group that is forgotten."""
+    hashes = _planted(13, 400, radius, mask)
+    fresh = np.random.default_rng(0).random(400) < 0.3
+    old = np.flatnonzero(~fresh)
+    known = old[edges_within(hashes[old], radius)[0]]
+    edges, _ = edges_within(hashes, radius, fresh=fresh)
+    both = np.concatenate([known, edges])
+    np.testing.assert_array_equal(groups(400, both), groups(400, _brute_force(hashes, radius)))
+
+
+def test_known_pairs_are_not_compared() -> None:
+    """A refresh that costs as much as the first run."""
+    hashes = np.unique(_planted(4, 500, 3))
+    n, fresh = len(hashes), np.arange(len(hashes)) % 10 == 0
+    new = int(fresh.sum())
+    assert edges_within(hashes, 3)[1] == n * (n - 1) // 2
+    assert edges_within(hashes, 3, fresh=fresh)[1] == new * (new - 1) // 2 + new * (n - new)
+    assert edges_within(hashes, 3, fresh=np.zeros(n, bool))[1] == 0
+    many = np.unique(_phashes(0, 200_000))
+    some = np.arange(len(many)) % 100 == 0
+    assert edges_within(many, 3, fresh=some)[1] < 0.05 * edges_within(many, 3)[1]
+
+
+@pytest.mark.parametrize("radius", [3, 8])
+def test_half_of_all_hashes_nearly_equal_are_joined_and_not_compared(radius: int) -> None:
+    """One image in a hundred thousand slightly different versions: 2e9 pairs, of which a chain is enough."""
+    draw = np.random.default_rng(2)
+    hashes = _phashes(1, 200_000)
+    flips = np.uint64(1) << draw.integers(0, 63, (4, 100_000)).astype(np.uint64)
+    hashes[::2] = hashes[0] ^ flips[0] ^ flips[1] ^ flips[2] ^ flips[3]
+    hashes[1] = hashes[0] ^ np.uint64(0x1F)  # five bits off, from two of the flipped ones less
+    edges, compared = edges_within(hashes, radius)
+    group = groups(len(hashes), edges)
+    assert (np.bitwise_count(hashes[edges[:, 0]] ^ hashes[edges[:, 1]]) <= radius).all() and len(edges) < len(hashes)
+    assert (group[::2] == 0).all() and group[1] == 0
+    others = np.arange(3, len(hashes), 2)
+    near = np.array([np.bitwise_count(hashes[::2] ^ hashes[at]).min() <= radius for at in others[:500]])
+    np.testing.assert_array_equal(group[others[:500]] == 0, near)
+    assert compared < 100_000 * 1_000
 
 
 @pytest.mark.parametrize("size", [0, 1, 2])
 def test_hardly_any_hashes(size: int) -> None:
     """An empty shard that raises."""
     assert len(pairs_within(np.zeros(size, np.uint64), 3)) == size // 2
-    assert len(edges_within(np.zeros(size, np.uint64), 3)) == size // 2
+    assert len(edges_within(np.zeros(size, np.uint64), 3)[0]) == size // 2
 
 
 @pytest.mark.parametrize("count", [4, 5, 6])
@@ -162,7 +206,7 @@ def test_partitions_of_tables_find_each_pair_once(count: int) -> None:
         part = tables.permute(hashes, table) >> np.uint64(61)  # eight workers
         for worker in range(8):
             mine = np.flatnonzero(part == worker)
-            found.append(mine[edges_in_table(hashes[mine], tables, table)])
+            found.append(mine[edges_in_table(hashes[mine], tables, table)[0]])
     edges = np.concatenate(found)
     np.testing.assert_array_equal(groups(2_000, edges), groups(2_000, _brute_force(hashes, 3)))
     different = edges[hashes[edges[:, 0]] != hashes[edges[:, 1]]]

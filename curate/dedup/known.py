@@ -1,0 +1,113 @@
+"""What an earlier run learned of a rule's rows, so that a refresh compares new rows with all and old pairs not again.
+
+    _near/<identity>/<run>/<shard>.npz    `taking`: rows that were compared; `row`, `group`, `similarity` of those with
+                                          an edge, `group` as the run's number of the lowest row of the group
+    _near/<identity>/<run>/pool.json      the run's shards in order and their rows; written last
+
+`identity` names what is compared and how (`identity_of`), not the pool: pairs of two rows do not depend on a third. A
+row whose group has lost a member since (another rule removed it) is compared again, for the group may have fallen
+apart. So the groups are those of a run from scratch, whatever the history.
+
+It holds row numbers and groups, no hashes, vectors or keys.
+"""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from functools import partial
+
+import numpy as np
+import numpy.typing as npt
+
+from curate.schema import Shard, fingerprint
+from curate.stage import Map
+from curate.store import Store
+from curate.vectors import finish, get_arrays, put_arrays
+
+FOLDER = "_near"
+VERSION = 1
+
+IntArray = npt.NDArray[np.int64]
+
+
+@dataclass(frozen=True)
+class Known:
+    """An earlier run, seen from the pool of this one. `starts`: its number of each shard's first row; `now`: ours.
+
+    Groups are translated to our row numbers. One whose lowest row is in a shard that is gone gets a negative number.
+    """
+
+    store: Store
+    folder: str
+    names: tuple[str, ...]
+    starts: tuple[int, ...]
+    now: tuple[int, ...]  # -1: the shard is not in the pool
+
+    def of(self, shard: str) -> tuple[IntArray, IntArray, npt.NDArray[np.float32]]:
+        """(rows that were compared, group of each, similarity of each; a row without an edge is its own group)."""
+        if shard not in self.names:
+            return np.empty(0, np.int64), np.empty(0, np.int64), np.empty(0, np.float32)
+        found = get_arrays(self.store, f"{self.folder}/{shard}.npz")
+        taking = found["taking"].astype(np.int64)
+        start = self.starts[self.names.index(shard)]
+        group, similarity = taking + start, np.full(len(taking), -1, np.float32)
+        at = np.searchsorted(taking, found["row"])
+        group[at], similarity[at] = found["group"], found["similarity"]
+        return taking, self._translated(group), similarity
+
+    def gone(self) -> IntArray:
+        """Groups that had a row in a shard that is gone."""
+        lost = [self.of(name)[1] for name, now in zip(self.names, self.now, strict=True) if now < 0]
+        return np.unique(np.concatenate([np.empty(0, np.int64), *lost]))
+
+    def _translated(self, rows: IntArray) -> IntArray:
+        at = np.searchsorted(self.starts, rows, "right") - 1
+        now = np.array(self.now, np.int64)[at]
+        return np.where(now < 0, -rows - 2, now + rows - np.array(self.starts, np.int64)[at])
+
+
+def identity_of(*parts: object) -> str:
+    """Names what is compared and how."""
+    return f"{FOLDER}/{fingerprint('near', VERSION, *parts)}"
+
+
+def known_to(store: Store, identity: str, note: str, shards: Sequence[Shard]) -> Known | None:
+    """The earlier run that knows most of these shards; the same one whenever it is asked, by the note it leaves."""
+    starts = dict(
+        zip((shard.name for shard in shards), np.cumsum([0, *(s.rows for s in shards)]).tolist(), strict=False)
+    )
+    told = store.get_json(note)
+    if told is None:
+        best = (0, "")
+        for run in store.names(identity):
+            pool = store.get_json(f"{identity}/{run}/pool.json") or {"shards": []}
+            best = max(best, (sum(rows for name, rows in pool["shards"] if name in starts), run))
+        told = {"run": best[1]}
+        store.put_json(note, told)
+    if not told["run"]:
+        return None
+    folder = f"{identity}/{told['run']}"
+    pool = store.get_json(f"{folder}/pool.json")
+    names = tuple(name for name, _ in pool["shards"])
+    before = np.cumsum([0, *(rows for _, rows in pool["shards"])]).tolist()[:-1]
+    return Known(store, folder, names, tuple(before), tuple(starts.get(name, -1) for name in names))
+
+
+def publish(store: Store, identity: str, run: str, work: str, shards: Sequence[Shard], map_items: Map) -> None:
+    """Keep what a run found below its folder `work`, and nothing older of the same identity."""
+    folder = f"{identity}/{run}"
+    if not store.exists(f"{folder}/pool.json"):
+        there = set(store.names(folder))
+        todo = [shard.name for shard in shards if f"{shard.name}.npz" not in there]
+        finish(map_items(partial(_keep, store, work, folder), todo))
+        store.put_json(f"{folder}/pool.json", {"shards": [[shard.name, shard.rows] for shard in shards]})
+    for other in store.names(identity):
+        if other != run:
+            store.remove_tree(f"{identity}/{other}")
+
+
+def _keep(store: Store, work: str, folder: str, shard: str) -> None:
+    found = get_arrays(store, f"{work}/groups/{shard}.npz")
+    put_arrays(
+        store, f"{folder}/{shard}.npz", taking=get_arrays(store, f"{work}/taking/{shard}.npz")["row"],
+        row=found["row"], group=found["group"], similarity=found["similarity"],
+    )  # fmt: skip
