@@ -53,7 +53,8 @@ def find_copies(job: Job, tables: list[TableSpec]) -> list[TableSpec]:
 
 
 def retrieve_sets(job: Job, cells: CellsStep) -> list[TableSpec]:
-    """Seed sets of images embedded, then retrieval for each set of `retrieve`; prints the sets with their own counts, as LVD-142M's table 15 has them."""
+    """Retrieval for each set of `retrieve`, images among them embedded first; prints the sets with their own counts, as
+    LVD-142M's table 15 has them."""
     if job.recipe.retrieve is None:
         return []
     images = {one.name: one.images for one in job.recipe.retrieve.sets if one.images is not None}

@@ -4,12 +4,14 @@
     <work>/<set>/met/<chunk>.npz              pool rows that the seeds are (-1: none); cluster: cells they are in
     <work>/<set>/watched.npz                  sample: seeds whose lists are compared with the truth
 
-A set is a file of vectors, or rows of the pool that a condition names. No process holds more than a chunk of seeds.
+A set is a file of vectors, files of them that the pipeline had made of images, or rows of the pool that a condition
+names. No process holds more than a chunk of seeds.
 """
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from functools import partial
+from itertools import accumulate
 from typing import Any
 
 import numpy as np
@@ -37,6 +39,7 @@ class Retrieval:
     settings: RetrieveSettings
     parts: Int64
     work: str
+    embedded: Mapping[str, str] = field(default_factory=dict)  # folder of the vectors of each set of images
 
     def named(self, how: str) -> list[SeedSet]:
         """The sets that are retrieved in this way."""
@@ -47,13 +50,22 @@ class Retrieval:
         return f"{self.work}/{one.name}"
 
     def chunks(self, one: SeedSet) -> list[range]:
-        """Seeds of a file, or shards whose rows are seeds."""
+        """Seeds of a file or of files, or shards whose rows are seeds."""
+        if one.name in self.embedded:
+            rows = self.pool.store.get_json(f"{self.embedded[one.name]}/rows.json")["rows"]
+            return [range(last - count, last) for last, count in zip(accumulate(rows), rows, strict=True) if count]
         if one.embeddings is None:
             return chunks_of(len(self.pool.names))
         return chunks_of(vector_files.length_of(one.embeddings, one.array), SEEDS_PER_CHUNK)
 
     def read(self, one: SeedSet, chunk: range) -> tuple[npt.NDArray[Any], Int64]:
         """(vectors [n, d], the pool row that each seed is int64[n], -1 for none) of a chunk."""
+        if one.name in self.embedded:
+            folder = self.embedded[one.name]
+            rows = self.pool.store.get_json(f"{folder}/rows.json")["rows"]
+            number = int(np.searchsorted(np.cumsum(rows), chunk.start, side="right"))
+            vectors = get_arrays(self.pool.store, f"{folder}/{number:08d}.npz")["vectors"]
+            return vectors, np.full(len(vectors), -1, np.int64)
         if one.embeddings is not None:
             vectors = vector_files.read_span(one.embeddings, one.array, chunk.start, chunk.stop)
             if vectors.shape[1] != self.pool.width:
@@ -66,7 +78,7 @@ class Retrieval:
 
     def width_of(self, one: SeedSet) -> int:
         """Neighbours to look for: a seed that is a pool row finds itself, which does not count."""
-        return one.k + (one.embeddings is None)
+        return one.k + (one.where is not None)
 
 
 @dataclass(frozen=True)
@@ -142,11 +154,11 @@ def _watch(work: Retrieval, one: SeedSet) -> None:
     """Choose, among all candidates, the seeds whose lists are compared with the truth."""
     store, folder = work.pool.store, f"{work.folder(one)}/candidates"
     best: dict[str, npt.NDArray[Any]] = {}
-    for name in store.names(folder):
-        held = get_arrays(store, f"{folder}/{name}")
-        joined = {field: np.concatenate([best[field], held[field]]) if best else held[field] for field in held}
+    for file in store.names(folder):
+        held = get_arrays(store, f"{folder}/{file}")
+        joined = {name: np.concatenate([best[name], held[name]]) if best else held[name] for name in held}
         first = np.argsort(joined["marks"], kind="stable")[: work.settings.recall_seeds]
-        best = {field: values[first] for field, values in joined.items()}
+        best = {name: values[first] for name, values in joined.items()}
     put_arrays(store, f"{work.folder(one)}/watched.npz", **best)
 
 

@@ -89,14 +89,18 @@ class RetrieveStep(CrossStep):
 
     name = "retrieve"
 
-    def __init__(self, settings: RetrieveSettings, cells: CellsStep) -> None:
-        self.settings, self._cells = settings, cells
+    def __init__(self, settings: RetrieveSettings, cells: CellsStep, embedded: Mapping[str, str]) -> None:
+        self.settings, self._cells, self._embedded = settings, cells, embedded
         identity = settings.model_dump(mode="json") | {"pool": pool_digest(cells.shards)}
         read = {spec.name: spec for spec in (*cells.pool.tables, *cells.tables)}
         for one, plain in zip(settings.sets, identity["sets"], strict=True):
             place = f"retrieve.sets.{one.name}"
             if one.embeddings is not None:
                 plain["embeddings"] = digest_of(one.embeddings, f"{place}.embeddings")
+            elif one.images is not None:
+                if one.name not in embedded:
+                    raise PlanError(f"{place}.images: this pipeline embeds no seed sets")
+                plain["images"] = embedded[one.name]
             else:
                 rows = pool_of(cells.pool.store, cells.given, cells.shards, cells.settings.by, one.where, place)
                 read |= {spec.name: spec for spec in rows.tables}
@@ -122,7 +126,8 @@ class RetrieveStep(CrossStep):
         place = partition.Place(self._cells.tables[0], self._cells.settings.metric)
         pool = self._cells.pool
         parts = partition.parts_of(place.sizes(store), 2 * pool.width)
-        work = seeds.Retrieval(pool, place, self.settings, parts, f"_work/retrieved/{self._spec.fingerprint}")
+        folder = f"_work/retrieved/{self._spec.fingerprint}"
+        work = seeds.Retrieval(pool, place, self.settings, parts, folder, self._embedded)
         met = seeds.hand_out(work, map_items)
         sampled = sample_based.retrieve(work, map_items)
         clustered = by_cells.retrieve(work, met, shards, map_items)
@@ -134,9 +139,14 @@ class RetrieveStep(CrossStep):
         return {f"retrieved by {line['set']}": line["final"] for line in table["sets"] if line["final"]}
 
 
-def retrieve_step(settings: RetrieveSettings, cells: CellsStep) -> RetrieveStep:
-    """The step for these sets over the pool of `cells`. Raises PlanError for bad SQL or a file that is not there."""
-    return RetrieveStep(settings, cells)
+def retrieve_step(
+    settings: RetrieveSettings, cells: CellsStep, embedded: Mapping[str, str] | None = None
+) -> RetrieveStep:
+    """The step for these sets over the pool of `cells`. `embedded`: folder of the vectors of each set of images.
+
+    Raises PlanError for bad SQL, or a file that is not there.
+    """
+    return RetrieveStep(settings, cells, embedded or {})
 
 
 class HierarchyStep(CrossStep):
