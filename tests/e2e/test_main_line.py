@@ -23,7 +23,7 @@ from curate.engine.driver import Driver
 from curate.engine.job import Job
 from curate.fetch.stage import FetchStage
 from curate.stage import Task
-from pipelines import image_text
+from pipelines import frame, image_text
 from tests.e2e.conftest import Web, command, curate, environment, release_of, tree_of
 
 
@@ -172,7 +172,7 @@ def test_poisoned_shard_is_reported_and_the_rest_is_released(
 ) -> None:
     """Guards against one shard that takes the whole run with it, and against a loss that nobody is told of."""
     root = tmp_path / "run"
-    monkeypatch.setattr(image_text, "fetch_stage", PoisonedFetch)
+    monkeypatch.setattr(frame, "fetch_stage", PoisonedFetch)
     job = Job(load_recipe(web.recipe(root)), driver=lambda: ray_driver)
     image_text.run(job)
     job.note()
