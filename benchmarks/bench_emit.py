@@ -3,10 +3,18 @@
     python benchmarks/bench_emit.py                         # throughput and the 1.3 % subset
     python benchmarks/bench_emit.py --part memory           # peak memory on 200,000 samples
 
-Rivals: `webdataset.TarWriter` in a loop over the same samples in the same order, and a scan-and-repack with Python's
-`tarfile` (what `tar` itself does: read every source tar from end to end, write the chosen members). Both write image,
-caption and JSON; neither shuffles globally, checks, hashes nor writes a manifest. Floors: ours at least half of the
-TarWriter loop's MB/s, a 1.3 % subset reads at least 20 times less than a scan, 500 MB at 200,000 samples.
+Rivals: `webdataset.ShardWriter` in a loop over the same samples in the same order; a scan-and-repack with Python's
+`tarfile` (what most resharders do: read every source tar from end to end, write the chosen members); `tar` itself,
+which unpacks all and packs what was chosen. All write image, caption and JSON; none shuffles globally, checks, hashes
+nor writes a manifest. Where they are at hand (`benchmarks/emit_rivals.py` says why they may not be):
+
+    --resharder FILE --resharder-python PYTHON    DataComp's resharder.py, one worker; PYTHON has webdataset<0.2.49,
+                                                  pysimdjson, cloudpathlib, img2dataset; takes our exported uid file
+    --data-juicer-python PYTHON                   PYTHON has py-data-juicer and Ray; its exporter writes the chosen
+                                                  images from files, which it is given unpacked
+
+Floors: ours at least half of the ShardWriter loop's MB/s, a 1.3 % subset reads at least 20 times less than a scan, 500
+MB at 200,000 samples.
 """
 
 import argparse
@@ -26,10 +34,13 @@ from dataclasses import dataclass
 from io import BytesIO
 from pathlib import Path
 
+import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
+from emit_rivals import run_data_juicer, run_resharder
 
 from curate.config import Recipe, parse_recipe
+from curate.emit.exports import export_datacomp, only_subset
 from curate.emit.step import EmitStep, emit_step, latest_release
 from curate.metrics import Stopwatch, progress
 from curate.schema import IMAGES_SCHEMA, KEY, SAMPLE_FIELDS, Shard, TableSpec, inputs_of, keys_of
@@ -52,6 +63,15 @@ class Row:
     mb_read: float
     wall_s: float
     cpu_s: float
+
+
+@dataclass(frozen=True)
+class Rivals:
+    """Programs that may not be here."""
+
+    resharder: str | None
+    resharder_python: str
+    data_juicer_python: str | None
 
 
 def member_spec(subset: str) -> TableSpec:
@@ -77,7 +97,8 @@ def make_pool(store: Store, rows: int, size: int, rows_per_shard: int, shares: d
                 length, at = draw.randrange(size // 2, size * 3 // 2), draw.randrange(1_000_000)
                 place = tar.add(f"{key}.jpg", noise[at : at + length])
                 tar.add(f"{key}.txt", texts[row].encode())
-                tar.add(f"{key}.json", json.dumps({"key": key, "url": urls[row], "text": texts[row]}).encode())
+                record = {"key": key, "uid": key, "url": urls[row], "text": texts[row]}
+                tar.add(f"{key}.json", json.dumps(record).encode())
                 images.append({"key": key, "status": "ok", "ext": "jpg", "width": 512, "height": 384, "sha256": key * 2,
                                "tar": path, "offset": place, "length": length})  # fmt: skip
             tar.finish()
@@ -155,30 +176,97 @@ def scan(store: Store, shards: Sequence[Shard], keys: Sequence[str], folder: Pat
     return Row("scan and repack (tarfile)", _size(folder) / 1e6, read / 1e6, *_times(watch))
 
 
-def throughput(rows: int, size: int) -> None:
+def unpack_and_pack(store: Store, shards: Sequence[Shard], keys: Sequence[str], folder: Path) -> Row:
+    """GNU tar: every source tar is unpacked, the chosen members are packed, one output tar for each source tar."""
+    wanted = set(keys)
+    read = 0
+    (folder / "out").mkdir(parents=True)
+    with Stopwatch() as watch:
+        for shard in shards:
+            path = Path(store.full(store.shard_path(IMAGES, shard.name, ".tar")))
+            read += path.stat().st_size
+            loose = folder / "loose"
+            loose.mkdir()
+            subprocess.run(["tar", "-xf", path, "-C", loose], check=True)
+            chosen = sorted(one.name for one in loose.iterdir() if one.name.partition(".")[0] in wanted)
+            (folder / "chosen").write_text("\n".join(chosen))
+            subprocess.run(["tar", "-cf", folder / "out" / path.name, "-C", loose, "-T", folder / "chosen"], check=True)
+            shutil.rmtree(loose)
+    return Row("tar -x, tar -c", _size(folder / "out") / 1e6, read / 1e6, *_times(watch))
+
+
+def resharder(store: Store, shards: Sequence[Shard], folder: Path, per_tar: int, rivals: Rivals) -> Row:
+    """DataComp's resharder over the same tars, by the uid file that we export for it from the latest release."""
+    release = store.full(f"releases/{latest_release(store)}")
+    ids = export_datacomp(release, only_subset(release, None), folder)
+    tars = [Path(store.full(store.shard_path(IMAGES, shard.name, ".tar"))) for shard in shards]
+    with Stopwatch() as watch:
+        sizes = [shard.rows for shard in shards]
+        run_resharder(rivals.resharder_python, str(rivals.resharder), tars, sizes, ids, folder, per_tar)
+    written = sum(path.stat().st_size for path in (folder / "out").glob("*.tar"))
+    samples = sum(len(_images_in(path)) for path in (folder / "out").glob("*.tar"))
+    assert samples == len(np.load(ids)), f"{samples} samples found, {len(np.load(ids))} asked for"
+    read = sum(tar.stat().st_size for tar in tars)
+    return Row("DataComp's resharder, its start included", written / 1e6, read / 1e6, *_times(watch))
+
+
+def data_juicer(
+    store: Store, shards: Sequence[Shard], keys: Sequence[str], folder: Path, per_tar: int, python: str
+) -> Row:
+    """data-juicer's exporter over the chosen samples, unpacked for it beforehand."""
+    wanted = set(keys)
+    (folder / "images").mkdir(parents=True)
+    read = 0
+    with (folder / "rows.jsonl").open("w") as stream:
+        for shard in shards:
+            for row in store.read_joined([(IMAGES, None), (SAMPLES, None)], shard.name).to_pylist():
+                if row["key"] not in wanted:
+                    continue
+                (image,) = store.read_ranges(row["tar"], [row["offset"]], [row["length"]])
+                read += len(image)
+                place = folder / "images" / f"{row['key']}.jpg"
+                place.write_bytes(image)
+                told = {"uid": row["key"], "url": row["url"], "text": row["text"], "image": str(place)}
+                stream.write(json.dumps(told) + "\n")
+    cost = run_data_juicer(python, folder / "rows.jsonl", folder / "out", per_tar)
+    tars = list((folder / "out").glob("*.tar"))
+    samples = sum(len(_images_in(path)) for path in tars)
+    assert samples == len(keys), f"{samples} samples found, {len(keys)} asked for"
+    return Row("data-juicer's export, without Ray's start", _size(folder / "out") / 1e6, read / 1e6,
+               cost["wall_s"], cost["cpu_s"])  # fmt: skip
+
+
+def _images_in(path: Path) -> list[str]:
+    with tarfile.open(path) as archive:
+        return [name for name in archive.getnames() if name.endswith(".jpg")]
+
+
+def throughput(rows: int, size: int, rivals: Rivals) -> None:
     """The table of ways, and the ratios."""
     folder = Path(tempfile.mkdtemp(prefix="bench-emit-"))
     try:
         store = Store(str(folder / "root"))
         shards = make_pool(store, rows, size, 1000, {"half": 0.5, "few": 0.013})
         per_tar = 1000
-        lines = []
-        half, keys = ours(store, shards, "half", per_tar)
-        lines += [
-            half,
-            webdataset_loop(store, shards, keys, folder / "wds", per_tar),
-            scan(store, shards, keys, folder / "a"),
-        ]
-        few, keys = ours(store, shards, "few", per_tar)
-        lines += [
-            few,
-            webdataset_loop(store, shards, keys, folder / "wds2", per_tar),
-            scan(store, shards, keys, folder / "b"),
-        ]
-        _print(lines, f"{rows:,} samples of {size / 1000:.0f} kB; `python benchmarks/bench_emit.py`")
-        print(f"\nhalf: {lines[1].cpu_s / half.cpu_s:.2f} × the webdataset loop's speed by CPU, "
-              f"{lines[1].wall_s / half.wall_s:.2f} × by wall")  # fmt: skip
-        print(f"1.3 %: {lines[5].mb_read / few.mb_read:.0f} × less read than a scan (floor 20)")
+        lines: list[Row] = []
+        for subset in ("half", "few"):
+            place = folder / subset
+            place.mkdir()
+            mine, keys = ours(store, shards, subset, per_tar)
+            lines.append(mine)
+            lines.append(webdataset_loop(store, shards, keys, place / "wds", per_tar))
+            lines.append(scan(store, shards, keys, place / "scan"))
+            lines.append(unpack_and_pack(store, shards, keys, place / "tar"))
+            if rivals.resharder:
+                lines.append(resharder(store, shards, place / "resharder", per_tar, rivals))
+            if rivals.data_juicer_python:
+                python = rivals.data_juicer_python
+                lines.append(data_juicer(store, shards, keys, place / "data_juicer", per_tar, python))
+            _print(lines, f"{subset}: {rows:,} samples of {size / 1000:.0f} kB; `python benchmarks/bench_emit.py`")
+            for line in lines[1:]:
+                print(f"- {line.what}: {_speed(mine) / _speed(line):.2f} × its MB per CPU-second, "
+                      f"{line.mb_read / mine.mb_read:.1f} × our bytes read")  # fmt: skip
+            lines.clear()
     finally:
         shutil.rmtree(folder)
 
@@ -212,6 +300,10 @@ def _times(watch: Stopwatch) -> tuple[float, float]:
     return watch.cost.wall_s, watch.cost.cpu_s
 
 
+def _speed(line: Row) -> float:
+    return line.mb_written / line.cpu_s
+
+
 def _size(folder: Path) -> int:
     return sum(path.stat().st_size for path in folder.iterdir())
 
@@ -237,9 +329,13 @@ def main() -> None:
     parser.add_argument("--rows", type=int, help="samples in the pool (8,000; memory: 200,000)")
     parser.add_argument("--size", type=int, default=50_000, help="bytes of an image on average")
     parser.add_argument("--root", help=argparse.SUPPRESS)
+    parser.add_argument("--resharder", metavar="FILE", help="DataComp's resharder.py")
+    parser.add_argument("--resharder-python", metavar="PYTHON", default=sys.executable)
+    parser.add_argument("--data-juicer-python", metavar="PYTHON")
     given = parser.parse_args()
+    rivals = Rivals(given.resharder, given.resharder_python, given.data_juicer_python)
     parts: dict[str, Callable[[], object]] = {
-        "throughput": lambda: throughput(given.rows or 8000, given.size),
+        "throughput": lambda: throughput(given.rows or 8000, given.size, rivals),
         "memory": lambda: memory(given.rows or 200_000),
         "make": lambda: make_pool(Store(given.root), given.rows, 2000, 10_000, {"all": 1.0}),
         "emit": lambda: _emit_alone(given.root, given.rows),
