@@ -1,8 +1,8 @@
 """Square canvases: pictures of any size, aspect kept, in one batch of one shape.
 
 Detectors (text, faces) run on a fixed square so that every picture costs the same and batches have one shape.
-A picture is shrunk to fit and lies in the top left corner; it is never enlarged, since that invents detail and
-was seen to add false faces and false text. Refuses anything that is not a uint8 picture with 1 or 3 channels.
+A picture is shrunk to fit and lies in the top left corner; it is not enlarged here, since that invents detail and
+was seen to add false faces. Refuses anything that is not a uint8 picture with 1 or 3 channels.
 """
 
 from collections.abc import Sequence

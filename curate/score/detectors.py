@@ -212,6 +212,8 @@ class TextDensitySettings(WeightsSettings):
 class TextDensityScorer(DetectorScorer):
     """`text_area`, `text_boxes`, `text_density`, by the detector in the rapidocr wheel or another of PP-OCR (ONNX)."""
 
+    version = 2  # 512-pixel pictures fill the canvas
+
     settings_type: ClassVar[type[ScorerSettings]] = TextDensitySettings
 
     def __init__(self, name: str, settings: TextDensitySettings) -> None:

@@ -16,6 +16,7 @@ from curate.score.faces import YuNetFaces
 from curate.score.image_facts import image_facts
 from curate.score.nsfw import LaionNsfwHead
 from curate.score.registry import build
+from curate.score.scorer import Device, ImageScorer
 from curate.score.stage import score_stages
 from curate.score.text_density import TextDetector
 from curate.score.text_mask import painted_over
@@ -132,6 +133,22 @@ def test_masked_text_changes_only_text(tmp_path: Path) -> None:
     covered = painted_over(pixels, regions)
     assert (pixels.min(axis=2) < 100).sum() > 1000
     assert (covered.min(axis=2) < 100).sum() < 20 and np.array_equal(covered[:60], pixels[:60])
+
+
+def test_text_is_detected_once_for_density_and_masking(tmp_path: Path) -> None:
+    """Guards against a second detection where both scorers are asked for, and against one that finds other regions."""
+    printed = Image.new("RGB", (700, 300), (200, 220, 240))
+    ImageDraw.Draw(printed).text((60, 120), "GRAND HOTEL", fill=(10, 10, 10), font=ImageFont.load_default(40))
+    model = f"local-dir:{tiny_clip(tmp_path / 'clip')}"
+    density, masked = build({"t": {"scorer": "text_density"}, "m": {"scorer": "clip_text_masked", "model": model}})
+    assert isinstance(density, ImageScorer) and isinstance(masked, ImageScorer)
+    for scorer in (density, masked):
+        scorer.load(Device())
+    once, again = Picture(printed, 0), Picture(printed, 0)
+    view, sample = density.prepare(once, "a hotel"), masked.prepare(once, "a hotel")
+    columns = density.score([view])
+    assert sample.view is view and view.regions is not None and columns["text_boxes"] == [len(view.regions.quads)]
+    assert masked.score([sample]) == masked.score([masked.prepare(again, "a hotel")])
 
 
 @needs_shared

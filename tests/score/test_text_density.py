@@ -60,6 +60,16 @@ def test_regions_lie_on_the_text(detector: TextDetector) -> None:
     assert mask.mean() < 0.15
 
 
+def test_small_letters_survive_storing_at_512(detector: TextDetector) -> None:
+    """Pools hold pictures of 512 pixels; a page whose letters are then 5 pixels high must still be a page."""
+    large = paper(1024, 1024)
+    for line in range(30):
+        cv2.putText(large, "small letters of a long page", (60, 60 + 32 * line), 0, 0.55, (0, 0, 0), 1, cv2.LINE_AA)
+    stored = cv2.resize(large, (512, 512), interpolation=cv2.INTER_AREA)
+    whole, small = detector([large])["text_density"][0], detector([stored])["text_density"][0]
+    assert whole > 0.8 and small > 0.9 * whole
+
+
 def test_one_region_over_everything_does_not_count(tmp_path: Path) -> None:
     """A detector that calls every whole picture one region (a coffee cup) must give neither area, boxes nor density."""
     weights = {"w": np.full((1, 3, 1, 1), 1 / 3, dtype=np.float32)}
@@ -109,14 +119,14 @@ def test_a_missing_model_is_named(tmp_path: Path) -> None:
 
 @pytest.mark.skipif(SHARED is None, reason="needs real images: set CURATE_SHARED")
 def test_separates_real_images(detector: TextDetector) -> None:
-    """A sample of 20 of each kind; the full figures are printed by benchmarks/bench_quality.py."""
+    """A sample of 8 of each kind; the full figures are printed by benchmarks/bench_quality.py."""
     folder = Path(SHARED or "") / "realdata"
     with (folder / "manifest.csv").open() as file:
         rows = [row for row in csv.DictReader(file) if row["folder"].startswith("text_")]
     density = {}
     for kind in ("text_none", "text_light", "text_heavy"):
         paths = [folder / row["path"] for row in rows if row["folder"] == kind]
-        pictures = [cv2.imread(str(path)) for path in paths[:: len(paths) // 20]]
+        pictures = [cv2.imread(str(path)) for path in paths[:: len(paths) // 8]]
         found = [cv2.cvtColor(picture, cv2.COLOR_BGR2RGB) for picture in pictures if picture is not None]
         density[kind] = detector(found)["text_density"]
     text = np.concatenate([density["text_light"], density["text_heavy"]])
