@@ -9,10 +9,11 @@ import sys
 import time
 from collections import Counter
 from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field
 from types import TracebackType
 
+import psutil
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 
@@ -24,7 +25,7 @@ class Cost:
     """What a piece of work took."""
 
     wall_s: float = 0.0
-    cpu_s: float = 0.0  # of this process and the children it waited for
+    cpu_s: float = 0.0  # of this process and its children, those that live on (decoders) too
     peak_rss_mb: float = 0.0  # of this process so far
 
     def __add__(self, other: "Cost") -> "Cost":
@@ -52,8 +53,11 @@ class Stopwatch:
 
 
 def _cpu_s() -> float:
-    times = os.times()
-    return times.user + times.system + times.children_user + times.children_system
+    times = [os.times()]
+    for child in psutil.Process().children():
+        with suppress(psutil.Error):  # it has ended meanwhile
+            times.append(child.cpu_times())
+    return sum(each.user + each.system + each.children_user + each.children_system for each in times)
 
 
 class Ticker:

@@ -41,9 +41,11 @@ from curate.removed import FOLDER as REMOVALS
 from curate.removed import Tombstones, refuse_images, tombstones_of
 from curate.retry import Opened, opened
 from curate.schema import IMAGE, KEY, LOCATION_FIELDS, Shard, TableSpec
+from curate.scratch import Parts
 from curate.store import Store
 from curate.tar import TarWriter
 
+FETCHED_BYTES = "fetched_bytes"  # the counter of a stage that downloads; progress shows it as MB/s
 PREFETCHED_BATCHES = 2  # one being computed on, one ready: reading hides behind the device, memory stays flat
 
 Item = TypeVar("Item")
@@ -71,11 +73,15 @@ class Read:
 
 @dataclass(frozen=True)
 class Task:
-    """The shard in hand: which tables are missing, and a folder for a stage's own resumption (kept until commit)."""
+    """The shard in hand: which tables are missing, and a folder for a stage's own resumption (kept until commit).
+
+    Where the root is no local folder, `scratch` ends with the attempt, and what shall outlive it goes to `parts` too.
+    """
 
     shard: Shard
     missing: frozenset[str]
     scratch: Path
+    parts: Parts | None = None
 
 
 class Stage(ABC):
@@ -144,7 +150,7 @@ def missing_tables(store: Store, stage: Stage, shard: str) -> frozenset[str]:
 
 
 def scratch_path(store: Store, stage: Stage, shard: str) -> str:
-    """Where a stage keeps what it needs to resume inside a shard, below a local root."""
+    """Where a stage keeps what it needs to resume inside a shard, below the root."""
     return f"_scratch/{stage.name}/{stage.tables[0].fingerprint}/{shard}"
 
 
@@ -158,9 +164,11 @@ def run_shard(store: Store, stage: Stage, shard: Shard) -> ShardReport:
     with Stopwatch() as watch, ExitStack() as stack:
         reads = stage.reads(missing)
         table = _read(store, reads, shard.name)
-        scratch = Path(store.full(scratch_path(store, stage, shard.name)))
+        kept = scratch_path(store, stage, shard.name)
+        scratch, left = Path(store.full(kept)), None
         if not store.is_local:
             scratch = Path(stack.enter_context(TemporaryDirectory(prefix="curate-scratch-")))
+            left = stack.enter_context(Parts(store, kept))
         wanted = [spec for spec in stage.tables if spec.name in missing]
         tars = [spec for spec in wanted if spec.with_images]
         again = opened(store, tars[0], shard) if tars else None
@@ -168,7 +176,7 @@ def run_shard(store: Store, stage: Stage, shard: Shard) -> ShardReport:
         parts: dict[str, list[pa.RecordBatch]] = {spec.name: [] for spec in wanted}
         todo = table if again is None else table.filter(again.mask)
         source = _prefetch(_batches(store, reads, todo, stage.batch_rows), stack)
-        produced = stage.process(Task(shard, missing, scratch), source)
+        produced = stage.process(Task(shard, missing, scratch, left), source)
         for outputs in produced if again is None else again.merge(produced, stage.batch_rows):
             for name, batch in outputs.items():
                 if name in parts:

@@ -9,7 +9,6 @@ still lives: then the shard killed its worker. A killed driver or a lost node is
 
 import errno
 import os
-import shutil
 import socket
 import traceback
 from collections.abc import Callable, Iterable
@@ -86,8 +85,7 @@ def _counted(tries: list[dict[str, Any]], run_id: str, alive: Callable[[], Itera
 
 def _clear(store: Store, stage: Stage, shard: Shard, path: str) -> None:
     store.remove(path)
-    if store.is_local:
-        shutil.rmtree(Path(store.full(scratch_path(store, stage, shard.name))), ignore_errors=True)
+    store.remove_tree(scratch_path(store, stage, shard.name))
 
 
 def _cause(error: BaseException) -> str:

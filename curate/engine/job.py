@@ -6,6 +6,7 @@ fails before any worker starts.
 """
 
 import base64
+import time
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass, field
@@ -21,8 +22,8 @@ from curate.errors import PlanError, StageError, StoreError
 from curate.metrics import Cost, progress, total
 from curate.presence import present
 from curate.retry import check_statuses, reopen, revised
-from curate.schema import Shard, TableSpec
-from curate.stage import CrossStep, ShardReport, Stage
+from curate.schema import FAILURES, Shard, TableSpec
+from curate.stage import FETCHED_BYTES, CrossStep, ShardReport, Stage
 from curate.store import Store, remedy
 
 PLAN = "plan.json"  # what the newest run of this root is made of; `status`, `explain` and `sql` start from it
@@ -204,11 +205,12 @@ class Job:
     def _drive(self, stages: Sequence[Stage], todo: Sequence[Shard], records: Sequence[StepRecord]) -> None:
         gathered: dict[str, list[ShardReport]] = {stage.name: [] for stage in stages}
         label = " + ".join(stage.name for stage in stages)
+        start = time.monotonic()
         with progress(f"{label} ({len(todo):,} shards)", sum(shard.rows for shard in todo)) as ticker:
             for reports in self.driver.run(self.store, stages, todo):
                 for report in reports:
                     gathered[report.stage].append(report)
-                ticker.advance(reports[0].rows, _note(gathered))
+                ticker.advance(reports[0].rows, progress_note(gathered[stages[0].name], time.monotonic() - start))
         for spec in (spec for stage in stages for spec in stage.tables):
             self.store.sweep(self.store.folder(spec))
         for record in records:
@@ -218,13 +220,19 @@ class Job:
             record.set_aside |= {report.shard: report.set_aside for report in reports if report.set_aside}
 
 
-def _note(gathered: Mapping[str, list[ShardReport]]) -> str:
-    """The commonest counts of the first stage, e.g. `ok 81 %, timeout 9 %, http_4xx 8 %`."""
-    first = next(iter(gathered.values()))
-    counts = total([report.counts for report in first])
-    rows = sum(report.rows for report in first) or 1
-    common = sorted(counts.items(), key=lambda item: -item[1])[:4]
-    return ", ".join(f"{name} {100 * count / rows:.0f} %" for name, count in common)
+def progress_note(reports: Sequence[ShardReport], elapsed_s: float) -> str:
+    """Success, speed and the three commonest failures of a stage: `81 % ok, 512/s, 98 MB/s; timeout 9 %, dns 8 %`."""
+    done = [report for report in reports if report.computed]
+    rows, counts = sum(report.rows for report in done), total([report.counts for report in done])
+    if not rows:
+        return ""
+    failures = sorted((-counts[name], name) for name in FAILURES if name in counts)
+    told = [f"{100 * counts.get('ok', 0) / rows:.0f} % ok"] if failures or "ok" in counts else []
+    told.append(f"{rows / elapsed_s:,.0f}/s")
+    if FETCHED_BYTES in counts:
+        told.append(f"{counts[FETCHED_BYTES] / 1e6 / elapsed_s:,.0f} MB/s")
+    failed = ", ".join(f"{name} {-100 * count / rows:.0f} %" for count, name in failures[:3])
+    return ", ".join(told) + (f"; {failed}" if failed else "")
 
 
 def open_driver(settings: EngineSettings) -> Driver:

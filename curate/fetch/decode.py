@@ -24,7 +24,6 @@ from curate.fetch.sniff import Jpeg, kind_of, png_chunks, read_jpeg, size_of
 
 Pixels = npt.NDArray[np.uint8]  # height x width x 3, BGR (OpenCV's order, in which it also encodes)
 
-Image.MAX_IMAGE_PIXELS = None  # `max_pixels` is checked here, from the header
 _PILLOW_FORMATS = {
     "jpeg": "JPEG", "png": "PNG", "gif": "GIF", "webp": "WEBP", "bmp": "BMP", "tiff": "TIFF", "avif": "AVIF"
 }  # fmt: skip
@@ -138,6 +137,8 @@ def _opened(data: bytes, kind: str) -> Image.Image:
         data = _without_text(data)
     try:
         return Image.open(io.BytesIO(data), formats=[_PILLOW_FORMATS[kind]])
+    except (Image.DecompressionBombError, Image.DecompressionBombWarning) as error:  # outside of a decoder process
+        raise Refusal("too_many_pixels", brief(error)) from None
     except Exception as error:  # whatever a reader raises on hostile bytes means one thing
         raise Refusal("decode_error", brief(error)) from None
 
@@ -188,11 +189,7 @@ def _to_rgb(image: Image.Image, icc: bytes | None) -> tuple[Image.Image, bytes |
     An RGB profile is applied after resizing, when there are fewer pixels; one of another colour space only fits here.
     """
     if image.mode.startswith(("I", "F")):
-        values = np.nan_to_num(np.asarray(image).astype(np.float64))
-        brightest = 65_535.0 if image.mode.startswith("I;16") else values.max(initial=0.0)
-        white = next((white for white in (1.0, 255.0) if image.mode == "F" and brightest <= white), 65_535.0)
-        levels = (values * (255.0 / white)).clip(0, 255).round().astype(np.uint8)
-        return Image.fromarray(levels).convert("RGB"), None
+        return Image.fromarray(_to_8_bits(np.asarray(image), image.mode)).convert("RGB"), None
     if image.mode == "CMYK":
         transform = transform_of(icc, "CMYK")
         return (image.convert("RGB") if transform is None else _apply(image, transform)), None
@@ -204,6 +201,20 @@ def _to_rgb(image: Image.Image, icc: bytes | None) -> tuple[Image.Image, bytes |
     elif image.mode != "RGB":
         image = image.convert("RGB")
     return image, icc if transform_of(icc, "RGB") is not None else None
+
+
+def _to_8_bits(values: npt.NDArray[Any], mode: str) -> npt.NDArray[np.uint8]:
+    """Integers of 16 bits, or floats, to bytes; a few rows at a time, since each step takes 8 bytes a pixel."""
+    white = 65_535.0
+    if mode == "F":
+        brightest = np.fmax.reduce(values, axis=None, initial=0.0)  # passes over NaN
+        white = next((white for white in (1.0, 255.0) if brightest <= white), white)
+    levels = np.empty(values.shape, np.uint8)
+    rows = max(1, 1_000_000 // max(1, values.shape[1]))
+    for top in range(0, len(values), rows):
+        part = np.nan_to_num(values[top : top + rows].astype(np.float64)) * (255.0 / white)
+        levels[top : top + rows] = part.clip(0, 255).round()
+    return levels
 
 
 def to_srgb(pixels: Pixels, icc: bytes | None) -> Pixels:

@@ -12,8 +12,11 @@ import resource
 import socket
 import struct
 import sys
-from dataclasses import asdict, replace
+from dataclasses import asdict
 from typing import Any
+
+import cv2
+from PIL import Image
 
 from curate.fetch.images import ImageSettings, process
 from curate.fetch.outcome import Picture
@@ -30,9 +33,16 @@ def pack(picture: Picture) -> bytes:
     return REPLY.pack(len(facts), len(picture.data)) + facts + picture.data
 
 
-def unpack(facts: bytes, data: bytes) -> Picture:
-    """The picture of a message's two parts."""
-    return replace(Picture(**dict(zip(_FACTS, json.loads(facts), strict=True))), data=data)
+def unpack(message: bytes | bytearray) -> Picture | None:
+    """The picture of a message; None while parts of it are missing."""
+    if len(message) < REPLY.size:
+        return None
+    facts_length, image_length = REPLY.unpack_from(message)
+    image = REPLY.size + facts_length
+    if len(message) < image + image_length:
+        return None
+    status, error, *rest = json.loads(message[REPLY.size : image])
+    return Picture(status, error, bytes(message[image:]), *rest)
 
 
 def settings_text(settings: ImageSettings) -> str:
@@ -50,9 +60,8 @@ def serve(link: socket.socket, memory: mmap.mmap, settings: ImageSettings) -> No
 
 def _confine() -> None:
     """Limits that a decoder of pictures never needs to reach, and no chatter of C libraries on the user's terminal."""
-    import cv2  # noqa: PLC0415
-
     cv2.setNumThreads(1)  # parallel over pictures, not inside one
+    Image.MAX_IMAGE_PIXELS = None  # `max_pixels` is counted from the header, before Pillow is asked
     for kind, limit in (
         (resource.RLIMIT_CORE, 0),
         (resource.RLIMIT_AS, MEMORY_BYTES),

@@ -23,6 +23,7 @@ from curate.fetch.outcome import Picture
 DECODE_S = 30.0  # of one picture; 100 megapixels of progressive JPEG take 4 s
 START_S = 120.0  # imports of NumPy and OpenCV from a cold network disk
 STARTS_IN_VAIN = 3
+_REPLY_BYTES = 256 * 1024  # at once; a stored picture has 20 to 150 kB
 # glibc hands every buffer beyond 128 kB back to the system and has it zeroed anew, page by page: 0.4 of 3.8 ms for a
 # picture to 256 pixels, 1.0 of 6.2 ms to 512. A decoder keeps up to 64 MB instead.
 _ENVIRONMENT = {
@@ -50,6 +51,9 @@ class _Process:
         text = decoder.settings_text(settings)
         environment = {**os.environ, **_ENVIRONMENT}
         self.link, self.answered = ours, False
+        self._loop = asyncio.get_running_loop()
+        self._reply: asyncio.Future[Picture] = self._loop.create_future()
+        self._received = bytearray()
         with theirs, _shared_file() as shared:
             shared.truncate(body_bytes)  # sparse: only what a body has touched is there
             self.memory = mmap.mmap(shared.fileno(), body_bytes)
@@ -58,31 +62,40 @@ class _Process:
                 [sys.executable, "-c", _PROGRAM, *map(str, descriptors), text, json.dumps(sys.path)],
                 pass_fds=descriptors, stdin=subprocess.DEVNULL, env=environment,
             )  # fmt: skip
+        self._loop.add_reader(ours, self._receive)
 
     async def ask(self, body: bytes | bytearray) -> Picture:
         """Hand over one body, wait for its picture. Raises ConnectionError when the process is gone."""
-        loop = asyncio.get_running_loop()
         self.memory[: len(body)] = body
-        await loop.sock_sendall(self.link, decoder.REQUEST.pack(len(body)))
-        head = await self._receive(decoder.REPLY.size)
-        facts_length, image_length = decoder.REPLY.unpack(head)
-        rest = await self._receive(facts_length + image_length)
+        self._reply = self._loop.create_future()
+        self._received.clear()
+        self.link.send(decoder.REQUEST.pack(len(body)))  # eight bytes into an empty buffer: this never waits
+        picture = await self._reply
         self.answered = True
-        return decoder.unpack(bytes(rest[:facts_length]), bytes(rest[facts_length:]))
+        return picture
 
-    async def _receive(self, length: int) -> memoryview:
-        loop = asyncio.get_running_loop()
-        view, filled = memoryview(bytearray(length)), 0
-        while filled < length:
-            count = await loop.sock_recv_into(self.link, view[filled:])
-            if not count:
-                raise ConnectionResetError("the decoder is gone")
-            filled += count
-        return view
+    def _receive(self) -> None:
+        """Whatever the child has sent; called by the loop. One watch for the child's life, not one for each picture."""
+        try:
+            part = self.link.recv(_REPLY_BYTES)
+        except BlockingIOError:
+            return
+        except OSError:
+            part = b""
+        self._received += part
+        if not part:
+            self._loop.remove_reader(self.link)
+        if self._reply.done():
+            return
+        if not part:
+            self._reply.set_exception(ConnectionResetError("the decoder is gone"))
+        elif (picture := decoder.unpack(self._received)) is not None:
+            self._reply.set_result(picture)
 
     def end(self) -> str:
         """Kill and reap; says how it had ended."""
         code = self.child.poll()
+        self._loop.remove_reader(self.link)
         self.link.close()
         self.memory.close()
         self.child.kill()
@@ -147,7 +160,7 @@ class DecoderPool:
                     ) from None
             return Picture("decode_crash", f"the decoder ended with {how}")
         finally:
-            if keep is None and process is not None:
+            if keep is None and process in self._all:
                 self._end(process)
             self._idle.put_nowait(keep)
 

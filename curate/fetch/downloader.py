@@ -22,6 +22,7 @@ from curate.fetch.images import ImageSettings
 from curate.fetch.outcome import Body, Outcome
 from curate.fetch.resolver import Lookup
 from curate.fetch.spool import Fetched, Spool, digest_of
+from curate.scratch import Parts
 
 _HASH_OF_DIGITS = {32: "md5", 40: "sha1", 64: "sha256", 128: "sha512"}
 
@@ -96,13 +97,15 @@ class Downloader:
         self._runner.run(self._pool.close())
         self._runner.close()
 
-    def fetch(self, rows: Sequence[Row], scratch: Path, purpose: str = "") -> Iterator[Outcome]:
+    def fetch(
+        self, rows: Sequence[Row], scratch: Path, purpose: str = "", parts: Parts | None = None
+    ) -> Iterator[Outcome]:
         """Outcomes of the rows, in their order.
 
-        What a killed attempt left in `scratch` under the same `purpose` is not fetched again. Memory does not grow
-        with the rows' images. Raises StageError or OSError when the fetcher itself cannot work.
+        What a killed attempt left in `scratch` (or `parts`) under the same `purpose` is not fetched again. Memory does
+        not grow with the rows' images. Raises StageError or OSError when the fetcher itself cannot work.
         """
-        with Spool(scratch, purpose) as spool:
+        with Spool(scratch, purpose, parts) as spool:
             self._runner.run(self._fill(rows, spool))
             for row in rows:
                 yield _of_row(row, spool.get(digest_of(row.url)))

@@ -29,6 +29,7 @@ from curate.fetch.outcome import Outcome, Refusal, Status, brief
 from curate.fetch.spool import Fetched, Spool, digest_of
 from curate.fetch.strip import stripped
 from curate.schema import FAILURES
+from curate.scratch import Parts
 
 _THREADS = 32
 # Its messages, where they are not ours already.
@@ -65,9 +66,11 @@ class Img2datasetDownloader:
         """End its helper thread."""
         self._opener.close()
 
-    def fetch(self, rows: Sequence[Row], scratch: Path, purpose: str = "") -> Iterator[Outcome]:
+    def fetch(
+        self, rows: Sequence[Row], scratch: Path, purpose: str = "", parts: Parts | None = None
+    ) -> Iterator[Outcome]:
         """Outcomes of the rows, in their order; what a killed attempt left in `scratch` is not asked for again."""
-        with Spool(scratch, "img2dataset " + purpose) as spool:
+        with Spool(scratch, "img2dataset " + purpose, parts) as spool:
             todo = [number for number in range(len(rows)) if digest_of(str(number)) not in spool]
             if todo:
                 self._download([rows[number] for number in todo], todo, spool)

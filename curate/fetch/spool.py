@@ -1,21 +1,27 @@
 """What a shard has fetched so far, on local disk: so that memory stays flat and a killed run goes on where it was.
 
-An append-only file of records, each with its checksum; a torn last record is cut off. It is scratch, not a format:
+An append-only file of records, each with its checksum; a torn last record is cut off. Under a root that is no local
+folder the same bytes also go there, some records at a time, so that they outlive the node. It is scratch, not a format:
 another version or other settings simply start anew.
 """
 
 import hashlib
 import json
 import struct
+import time
 import zlib
-from dataclasses import dataclass, fields, replace
+from dataclasses import dataclass, fields
 from pathlib import Path
 from types import TracebackType
 
 from curate.fetch.outcome import Outcome
+from curate.scratch import Parts
 
 _RECORD = struct.Struct("<16sIQI")  # URL digest, bytes of facts, bytes of image, CRC-32 of both
 _FORMAT = b"curate spool 1\n"
+# What a killed node may lose: 150 pictures of 512 pixels, or ten seconds of a slow shard; a part is one PUT request.
+PART_BYTES = 16_000_000
+PART_S = 10.0
 _FACTS = tuple(field.name for field in fields(Outcome) if field.name != "image")
 
 
@@ -33,14 +39,20 @@ def digest_of(url: str | None) -> bytes:
 
 
 class Spool:
-    """One shard's outcomes by URL digest. `purpose` names the settings; a spool made for another one is discarded."""
+    """One shard's outcomes by URL digest. `purpose` names the settings; a spool made for another one is discarded.
 
-    def __init__(self, folder: Path, purpose: str) -> None:
+    With `parts` an earlier attempt's bytes come from there, and new ones go there.
+    """
+
+    def __init__(self, folder: Path, purpose: str, parts: Parts | None = None) -> None:
         folder.mkdir(parents=True, exist_ok=True)
         self.path = folder / "fetched.spool"
         self._places: dict[bytes, tuple[int, int, int, int]] = {}
         self._head = _FORMAT + hashlib.sha256(purpose.encode()).hexdigest().encode() + b"\n"
-        self.path.touch()
+        with self.path.open("ab" if parts is None else "wb") as file:
+            for part in parts.load() if parts is not None else ():
+                file.write(part)
+        self._parts, self._part, self._sent_at = parts, bytearray(), time.monotonic()
         self._file = self.path.open("r+b", buffering=0)
         self._end = self._recover()
         self.resumed = len(self._places)  # outcomes that an earlier attempt left
@@ -63,6 +75,9 @@ class Spool:
             self._file.seek(0)
             self._file.truncate()
             self._file.write(self._head)
+            if self._parts is not None:
+                self._parts.clear()
+                self._part += self._head
             return end
         while head := self._file.read(_RECORD.size):
             if len(head) < _RECORD.size:
@@ -88,6 +103,12 @@ class Spool:
             view = view[self._file.write(view) :]
         self._places[digest] = (self._end + _RECORD.size, len(facts), len(image), crc)
         self._end += len(record)
+        if self._parts is not None:
+            self._part += record
+            if len(self._part) >= PART_BYTES or time.monotonic() - self._sent_at >= PART_S:
+                self._parts.add(bytes(self._part))
+                self._part.clear()
+                self._sent_at = time.monotonic()
 
     def get(self, digest: bytes) -> Fetched:
         """Read an outcome back. Raises KeyError when there is none."""
@@ -96,5 +117,5 @@ class Spool:
         facts = json.loads(self._file.read(facts_length))
         image = self._file.read(image_length) if image_length else b""
         self._file.seek(self._end)
-        outcome = replace(Outcome(**dict(zip(_FACTS, facts[0], strict=True))), image=image)
-        return Fetched(outcome, tuple(facts[1]))
+        (status, error, *rest), matched = facts
+        return Fetched(Outcome(status, error, image, *rest), tuple(matched))

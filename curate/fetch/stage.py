@@ -16,7 +16,7 @@ from curate.fetch.downloader import Downloader, Row, check_settings, image_setti
 from curate.fetch.img2dataset_engine import Img2datasetDownloader
 from curate.fetch.outcome import Outcome
 from curate.schema import IMAGE, IMAGE_FIELDS, IMAGES_SCHEMA, TableSpec, inputs_of
-from curate.stage import Read, Resources, Stage, Task
+from curate.stage import FETCHED_BYTES, Read, Resources, Stage, Task
 from curate.store import Store
 
 VERSION = 2  # of what the same bytes become; a new one fetches everything again
@@ -32,6 +32,7 @@ class FetchStage(Stage):
     """Downloads a shard's images: `curate.fetch.downloader` is how, `curate.config.FetchSettings` are the knobs."""
 
     name = "fetch"
+    batch_rows = 64  # 6 MB of images: buffers of this size are used again, larger ones fetched anew from the system
 
     def __init__(self, settings: FetchSettings, samples: TableSpec) -> None:
         super().__init__()
@@ -69,8 +70,9 @@ class FetchStage(Stage):
         assert self._downloader is not None
         rows = [row for batch in batches for row in self._rows(batch)]
         (spec,) = self.tables
-        outcomes = self._downloader.fetch(rows, task.scratch, spec.fingerprint)
+        outcomes = self._downloader.fetch(rows, task.scratch, spec.fingerprint, task.parts)
         while part := list(islice(outcomes, self.batch_rows)):
+            self.counters[FETCHED_BYTES] += sum(outcome.original_bytes or 0 for outcome in part)
             yield {spec.name: as_batch(part)}
 
     def _rows(self, batch: pa.RecordBatch) -> Iterator[Row]:

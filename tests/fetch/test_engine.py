@@ -2,7 +2,13 @@
 
 import asyncio
 import hashlib
+import os
 import pickle
+import shutil
+import signal
+import subprocess
+import sys
+import time
 from pathlib import Path
 
 import numpy as np
@@ -11,10 +17,13 @@ import pytest
 from PIL import Image
 
 from curate.config import FetchSettings
+from curate.engine.job import progress_note
 from curate.errors import PlanError
+from curate.fetch.spool import Spool
 from curate.fetch.stage import fetch_stage
 from curate.schema import IMAGES_SCHEMA, SAMPLE_FIELDS, Shard, TableSpec, keys_of
-from curate.stage import run_shard
+from curate.scratch import Parts
+from curate.stage import FETCHED_BYTES, ShardReport, run_shard
 from curate.store import Store
 from curate.tar import members
 from tests.fetch.conftest import ALLOWED, encoded, scene
@@ -28,7 +37,9 @@ SETTINGS = {
 }  # fmt: skip
 
 
-def store_with(root: Path, urls: list[str | None], digests: list[str | None] | None = None) -> tuple[Store, Shard]:
+def store_with(
+    root: Path | str, urls: list[str | None], digests: list[str | None] | None = None
+) -> tuple[Store, Shard]:
     """A store whose one shard has these URLs."""
     store, shard = Store(str(root)), Shard("a", len(urls))
     texts = [f"caption {number}" for number in range(len(urls))]
@@ -162,6 +173,85 @@ def test_the_stage_writes_what_its_table_says(server: HostileServer, jpeg: bytes
     assert names == [f"{row['key']}.{ext}" for row in rows[::2] for ext in ("jpg", "txt", "json")]
     again, _ = store_with(tmp_path / "again", urls)
     assert again.read_images(run(again, shard, image_size=4096)) == images, "other bytes from the same input"
+
+
+def test_progress_says_how_it_goes() -> None:
+    """A run of days shows neither how many are lost nor why, nor whether it crawls."""
+    counts = [{"ok": 70, "dns": 10, "timeout": 13, "http_4xx": 4, "tls": 3, "fetched_bytes": 30_000_000}, {"ok": 100}]
+    reports = [ShardReport("fetch", "a", 100, ("images",), count) for count in counts]
+    skipped = ShardReport("fetch", "b", 5000)
+    told = progress_note([*reports, skipped], 2.0)
+    assert told == "85 % ok, 100/s, 15 MB/s; timeout 6 %, dns 5 %, http_4xx 2 %"
+    assert progress_note([ShardReport("score", "a", 100, ("scores",))], 2.0) == "50/s"
+    assert progress_note([skipped], 2.0) == ""
+
+
+def test_bytes_and_the_decoders_time_are_counted(server: HostileServer, jpeg: bytes, tmp_path: Path) -> None:
+    """The dearest part of fetching, in processes of its own, is missing from the bill."""
+    store, shard = store_with(tmp_path, [server.static("/a.jpg", answer(jpeg)), server.base + "/gone.jpg"])
+    stage = fetch_stage(FetchSettings.model_validate(SETTINGS), SAMPLES)
+    stage.setup()
+    start = time.process_time()
+    report = run_shard(store, stage, shard)
+    own_s = time.process_time() - start
+    stage.teardown()
+    assert report.counts == {"ok": 1, "http_4xx": 1, FETCHED_BYTES: len(jpeg)}
+    assert report.cost.cpu_s > own_s + 0.1, "the imports of a decoder alone take longer"
+
+
+_S3_CHILD = """
+import sys
+import pyarrow as pa
+from curate.config import FetchSettings
+from curate.engine.attempts import run_bounded
+from curate.fetch import spool
+from curate.fetch.stage import fetch_stage
+from curate.schema import Shard
+from curate.store import Store
+from tests.fetch.test_engine import SAMPLES
+
+spool.PART_S = 0.1
+stage = fetch_stage(FetchSettings(allow_networks=["127.0.0.1/32"], image_size=64, decoders=1, retries=0), SAMPLES)
+stage.setup()
+run_bounded(Store(sys.argv[1]), stage, Shard("a", int(sys.argv[2])), sys.argv[3], "here", lambda: [])
+stage.teardown()
+"""
+
+
+def test_a_node_that_dies_leaves_its_pictures_in_the_store(
+    server: HostileServer, jpeg: bytes, s3_bucket: str, tmp_path: Path
+) -> None:
+    """A root on S3: the shard begins again with every lost machine."""
+
+    async def short(request: Request, writer: asyncio.StreamWriter) -> None:
+        await asyncio.sleep(0.05)
+        number = int(request.path.rsplit("/", 1)[1])
+        writer.write(answer(jpeg + b"%d" % number) if number % 5 else answer(b"", "404 Gone"))
+
+    base = server.route("/n/*", short)
+    count = 400
+    store, _ = store_with(f"{s3_bucket}/run", [f"{base}{number}" for number in range(count)])
+    (images,) = fetch_stage(FetchSettings(allow_networks=["127.0.0.1/32"], image_size=64), SAMPLES).tables
+    scratch = f"_scratch/fetch/{images.fingerprint}/a"
+    environment = {**os.environ, "PYTHONPATH": os.pathsep.join([".", *sys.path]), "TMPDIR": str(tmp_path)}
+    command = [sys.executable, "-c", _S3_CHILD, f"{s3_bucket}/run", str(count)]
+    child = subprocess.Popen([*command, "first"], env=environment)
+    while len(store.names(scratch)) < 3 and child.poll() is None:
+        time.sleep(0.01)
+    child.kill()
+    assert child.wait() == -signal.SIGKILL
+    shutil.rmtree(tmp_path)  # the machine's disk is gone
+    tmp_path.mkdir()
+    asked = sum(server.asked.values()) - 1  # robots.txt
+    with Parts(store, scratch) as parts, Spool(tmp_path / "look", images.fingerprint, parts) as spool:
+        saved = spool.resumed
+    assert 0 < saved < count
+    subprocess.run([*command, "second"], env=environment, check=True)
+    assert sum(server.asked.values()) - 2 == asked + count - saved, "what lay in the store was asked for again"
+    found = store.read(images, "a")
+    assert found["status"].to_pylist() == ["ok" if number % 5 else "http_4xx" for number in range(count)]
+    assert found["sha256"].to_pylist()[1] == hashlib.sha256(jpeg + b"1").hexdigest()
+    assert not store.names(scratch), "what is committed is kept twice"
 
 
 def test_patience_does_not_change_the_fingerprint() -> None:
