@@ -170,8 +170,8 @@ class RetrieveSettings(Settings):
     """Pool images near seed sets, as DINOv2's table 15 lists them."""
 
     sets: Annotated[list[SeedSet], Field(min_length=1)]
-    codes: str | None = None  # SQ8, PQ32, …: FAISS codes of the pool are searched, a quarter or less of its bytes;
-    rerank: Positive = 8  # and of each seed's neighbours among them, so many times k are compared exactly
+    codes: Annotated[str, Field(pattern="^(SQ[468]|PQ[1-9][0-9]*)$")] | None = None  # search FAISS codes of the pool;
+    rerank: Positive = 8  # of each seed's neighbours by code, so many times k are then compared exactly
     count_once: bool = False  # LVD-142M counts an image as often as seeds found it
     recall_seeds: Annotated[int, Field(ge=0)] = 100  # of each sample set, compared with an exact search
     seed: int = 0

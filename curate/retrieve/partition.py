@@ -26,6 +26,7 @@ from curate.retrieve import cells as kernels
 from curate.retrieve import levels, vector_files
 from curate.retrieve.cells import Cells
 from curate.retrieve.levels import GPU_OF_A_PASS, KMeans, device
+from curate.retrieve.search import Codes
 from curate.schema import KEY, Shard, TableSpec
 from curate.stage import Map
 from curate.store import Store
@@ -140,14 +141,15 @@ def parts_of(sizes: Int64, row_bytes: int) -> Int64:
     return np.asarray(parts, np.int64)
 
 
-def deal_pool(pool: Pool, place: Place, parts: Int64, work: str, map_items: Map) -> None:
-    """Write the vectors of every part of cells, chunk by chunk of shards."""
+def deal_pool(pool: Pool, place: Place, parts: Int64, work: str, map_items: Map, codec: str | None = None) -> None:
+    """Write the vectors of every part of cells, chunk by chunk of shards; their codes where there is a codec."""
     done = set(pool.store.names(f"{work}/pool_dealt"))
     todo = [chunk for chunk in chunks_of(len(pool.names)) if f"{chunk.start:08d}.json" not in done]
-    finish(map_items(partial(_deal, pool, place, parts, work), todo))
+    finish(map_items(partial(_deal, pool, place, parts, work, codec), todo))
 
 
-def _deal(pool: Pool, place: Place, parts: Int64, work: str, chunk: range) -> None:
+def _deal(pool: Pool, place: Place, parts: Int64, work: str, codec: str | None, chunk: range) -> None:
+    codes = None if codec is None else Codes.unpacked(get_arrays(pool.store, codec)["codec"])
     rows, cells, vectors = [], [], []
     for number in chunk:
         held = pool.read(number)
@@ -155,7 +157,7 @@ def _deal(pool: Pool, place: Place, parts: Int64, work: str, chunk: range) -> No
         kept = members >= 0
         rows.append(held.rows[kept])
         cells.append(members[kept])
-        vectors.append(held.vectors[kept])
+        vectors.append(held.vectors[kept] if codes is None else codes.encode(held.vectors[kept]))
     row, cell, vector = np.concatenate(rows), np.concatenate(cells), np.concatenate(vectors)
     part_of = parts[cell]
     for part in np.unique(part_of).tolist():
@@ -166,7 +168,7 @@ def _deal(pool: Pool, place: Place, parts: Int64, work: str, chunk: range) -> No
 
 
 def read_part(store: Store, work: str, part: int) -> tuple[Int64, npt.NDArray[np.int32], npt.NDArray[Any]]:
-    """(rows, cells, vectors) of a part."""
+    """(rows, cells, vectors or codes) of a part."""
     folder = f"{work}/pool/{part:05d}"
     held = [get_arrays(store, f"{folder}/{name}") for name in store.names(folder)]
     rows, cells, vectors = (np.concatenate([piece[name] for piece in held]) for name in ("rows", "cells", "vectors"))

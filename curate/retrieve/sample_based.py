@@ -5,10 +5,12 @@
     <work>/<set>/lists/<chunk>.npz            the k nearest of the watched seeds among a chunk's
     <work>/hits/<set>-<chunk>.parquet         pool rows that a chunk of seeds retrieves, in row order
 
-A seed that is itself a row of the pool does not retrieve itself.
+With `codes`, parts hold codes and `coded` compares exactly. A seed that is itself a row of the pool does not retrieve
+itself.
 """
 
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
 from functools import partial
 from typing import Any
 
@@ -19,10 +21,11 @@ import pyarrow.parquet as pq
 
 from curate.config import SeedSet
 from curate.engine.driver import OnDevice
+from curate.retrieve import coded
 from curate.retrieve import search as kernels
 from curate.retrieve.levels import GPU_OF_A_PASS, device
 from curate.retrieve.partition import deal_pool, read_part
-from curate.retrieve.search import Neighbours, by_cell, exact, merged, recall
+from curate.retrieve.search import CellBlock, Codes, Neighbours, by_cell, exact, merged, recall
 from curate.retrieve.seeds import Retrieval, chunk_names
 from curate.stage import Map
 from curate.store import Store
@@ -40,10 +43,13 @@ def retrieve(work: Retrieval, map_items: Map) -> Mapping[str, tuple[int, float |
     if not sets:
         return {}
     store = work.pool.store
-    deal_pool(work.pool, work.place, work.parts, work.work, map_items)
+    coded.train(work, map_items)
+    deal_pool(work.pool, work.place, work.parts, work.work, map_items, coded.codec_path(work))
     done = set(store.names(f"{work.work}/searched"))
     parts = [name for name in store.names(f"{work.work}/pool") if f"{name}.json" not in done]
     finish(map_items(OnDevice(partial(_search, work), GPU_OF_A_PASS), [int(part) for part in parts]))
+    if work.settings.codes:
+        coded.rescore(work, map_items)
     results: dict[str, tuple[int, float | None]] = {}
     for one in sets:
         items = [int(name.removesuffix(".npz")) for name in chunk_names(work, one)]
@@ -54,38 +60,45 @@ def retrieve(work: Retrieval, map_items: Map) -> Mapping[str, tuple[int, float |
 
 def _search(work: Retrieval, part: int) -> None:
     """One part of the pool: all seeds of all sets that probe it."""
-    store = work.pool.store
+    store, codec = work.pool.store, coded.codec_path(work)
     rows, cells, vectors = read_part(store, work.work, part)
-    blocks = list(by_cell(cells, rows, vectors))
+    codes = None if codec is None else coded.load(store, codec)
+    blocks = _Blocks(list(by_cell(cells, rows, vectors)), codes)
     del vectors
     for one in work.named("sample"):
-        k = work.width_of(one)
+        k = work.width_of(one) * (work.settings.rerank if codes else 1)
         folder = f"{work.folder(one)}/seeds/{part:05d}"
         for name in store.names(folder):
             held = get_arrays(store, f"{folder}/{name}")
             found = kernels.search(held["vectors"], held["probes"], blocks, k, device())
-            path = f"{work.folder(one)}/found/{name.removesuffix('.npz')}/{part:05d}.npz"
+            kind = "coarse" if codes else "found"
+            path = f"{work.folder(one)}/{kind}/{name.removesuffix('.npz')}/{part:05d}.npz"
             put_arrays(store, path, numbers=held["numbers"], rows=found.rows, similarity=found.similarity)
-        watched = get_arrays(store, f"{work.folder(one)}/watched.npz")
-        truth = exact(watched["vectors"], blocks, k, device())
-        path = f"{work.folder(one)}/truth/{part:05d}.npz"
-        put_arrays(store, path, rows=truth.rows, similarity=truth.similarity)
+        if codes is None:  # else the truth is found where the vectors are
+            watched = get_arrays(store, f"{work.folder(one)}/watched.npz")
+            truth = exact(watched["vectors"], blocks, k, device())
+            path = f"{work.folder(one)}/truth/{part:05d}.npz"
+            put_arrays(store, path, rows=truth.rows, similarity=truth.similarity)
     store.put_json(f"{work.work}/searched/{part:05d}.json", {"rows": len(rows)})
+
+
+@dataclass(frozen=True)
+class _Blocks:
+    """Blocks of a part, as often as they are asked for; codes are decoded a block at a time."""
+
+    held: Sequence[CellBlock]
+    codes: Codes | None
+
+    def __iter__(self) -> Iterator[CellBlock]:
+        for cell, rows, vectors in self.held:
+            yield cell, rows, vectors if self.codes is None else self.codes.decode(vectors)
 
 
 def _merge(work: Retrieval, one: SeedSet, chunk: int) -> int:
     """The k nearest of each seed of a chunk, from all parts; how many images they are."""
     store, name = work.pool.store, f"{chunk:010d}"
     own = get_arrays(store, f"{work.folder(one)}/met/{name}.npz")["own"]
-    k = work.width_of(one)
-    best = Neighbours(np.full((len(own), k), -1, np.int64), np.full((len(own), k), np.nan))
-    folder = f"{work.folder(one)}/found/{name}"
-    for part in store.names(folder):
-        held = get_arrays(store, f"{folder}/{part}")
-        seeds = held["numbers"]
-        before = Neighbours(best.rows[seeds], best.similarity[seeds])
-        both = merged([before, Neighbours(held["rows"], held["similarity"])], k)
-        best.rows[seeds], best.similarity[seeds] = both.rows, both.similarity
+    best = coded.best_of(store, f"{work.folder(one)}/found/{name}", len(own), work.width_of(one))
     best = _without_own(best, own, one.k)
     watched = get_arrays(store, f"{work.folder(one)}/watched.npz")
     mine = np.flatnonzero(watched["chunks"] == chunk)

@@ -200,13 +200,27 @@ class Codes:
     Search over decoded vectors with a k some times larger, then `reranked` on the float16 at rest.
     """
 
-    def __init__(self, sample: npt.NDArray[Any], codec: str) -> None:
+    def __init__(self, index: Any) -> None:
+        self.index = index
+
+    @classmethod
+    def trained(cls, sample: npt.NDArray[Any], codec: str) -> "Codes":
         """Train on a sample [n, d], as unit vectors. Raises PlanError for a codec that FAISS does not know."""
         try:
-            self.index = faiss.index_factory(sample.shape[1], codec)
-            self.index.train(unit(sample))
+            index = faiss.index_factory(sample.shape[1], codec)
+            index.train(unit(sample))
         except RuntimeError as error:
             raise PlanError(f"search: codec {codec!r} cannot be trained: {error}") from error
+        return cls(index)
+
+    def packed(self) -> npt.NDArray[np.uint8]:
+        """The codec as bytes; `unpacked` is the way back."""
+        return np.asarray(faiss.serialize_index(self.index), np.uint8)
+
+    @classmethod
+    def unpacked(cls, packed: npt.NDArray[np.uint8]) -> "Codes":
+        """A codec that was packed."""
+        return cls(faiss.deserialize_index(packed))
 
     def encode(self, vectors: npt.NDArray[Any]) -> npt.NDArray[np.uint8]:
         """Codes uint8[n, bytes] of vectors [n, d]; an unusable row becomes the code of zero."""

@@ -91,6 +91,7 @@ class RetrieveStep(CrossStep):
 
     def __init__(self, settings: RetrieveSettings, cells: CellsStep, embedded: Mapping[str, str]) -> None:
         self.settings, self._cells, self._embedded = settings, cells, embedded
+        _bytes_a_row(settings.codes, cells.pool.width)
         identity = settings.model_dump(mode="json") | {"pool": pool_digest(cells.shards)}
         read = {spec.name: spec for spec in (*cells.pool.tables, *cells.tables)}
         for one, plain in zip(settings.sets, identity["sets"], strict=True):
@@ -125,7 +126,7 @@ class RetrieveStep(CrossStep):
 
         place = partition.Place(self._cells.tables[0], self._cells.settings.metric)
         pool = self._cells.pool
-        parts = partition.parts_of(place.sizes(store), 2 * pool.width)
+        parts = partition.parts_of(place.sizes(store), _bytes_a_row(self.settings.codes, pool.width))
         folder = f"_work/retrieved/{self._spec.fingerprint}"
         work = seeds.Retrieval(pool, place, self.settings, parts, folder, self._embedded)
         met = seeds.hand_out(work, map_items)
@@ -137,6 +138,16 @@ class RetrieveStep(CrossStep):
             store.put_json(self._table, table)
         store.remove_tree(work.work)
         return {f"retrieved by {line['set']}": line["final"] for line in table["sets"] if line["final"]}
+
+
+def _bytes_a_row(codes: str | None, width: int) -> int:
+    """Of a vector in float16, or of its code. Raises PlanError for a product quantiser that does not fit the width."""
+    if codes is None:
+        return 2 * width
+    kind, number = codes[:2], int(codes[2:])
+    if kind == "PQ" and width % number:
+        raise PlanError(f"retrieve.codes: {codes} cuts {width} numbers into {number}; expected a divisor")
+    return number if kind == "PQ" else width * number // 8
 
 
 def retrieve_step(

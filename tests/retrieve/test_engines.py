@@ -1,7 +1,7 @@
 """Cells, retrieval, balanced sampling, balance and experts on Ray: the same bytes as in one process."""
 
 import threading
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -53,6 +53,7 @@ def steps(tmp_path: Path) -> Steps:
         whole = cells_step(L2.model_copy(update={"resampling": 0}), store, TABLES, shards)
         yield cells
         yield retrieve_step(RetrieveSettings(sets=sets, recall_seeds=9), cells)
+        yield retrieve_step(RetrieveSettings(sets=sets, recall_seeds=9, codes="PQ4"), cells)
         yield whole
         yield hierarchy_step(TREE, whole)
         yield balance_step(BalanceSettings(entries=str(tmp_path / "entries.txt"), t=3), store, TABLES, shards)
@@ -73,17 +74,11 @@ def test_ray_and_one_process_write_the_same_bytes(
     tmp_path: Path, steps: Steps, ray_driver: "RayDriver", monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Guards every pass against what a worker does not get: patched settings, an order of items, its own random state.
-    Two workers and one."""
-
-    def one_at_a_time(function: Callable[[Any], Any], items: Sequence[Any]) -> Iterator[Any]:
-        for item in items:
-            yield from ray_driver.map(function, [item])
-
+    Two workers beside one process, and other chunks."""
     expected = _run(tmp_path / "inline", steps, map)
     assert not any(name.startswith("_work") for name in expected)
     monkeypatch.setattr(curate.vectors, "SHARDS_PER_CHUNK", 2)  # the process that drives a step makes its items
     assert _run(tmp_path / "two", steps, ray_driver.map) == expected
-    assert _run(tmp_path / "one", steps, one_at_a_time) == expected
 
 
 def test_two_runs_at_one_root_end_alike(tmp_path: Path, steps: Steps) -> None:

@@ -66,7 +66,7 @@ def test_codes_with_reranking_come_close_to_exact() -> None:
     """Guards the compressed way: searching 8-bit and PQ codes for more, then scoring the float16 vectors."""
     truth = exact(SEEDS, by_cell(MEMBERS, ROWS, POOL), 4)
     for codec, least in (("SQ8", 0.98), ("PQ16x4", 0.6)):
-        codes = Codes(POOL[:1000], codec)
+        codes = Codes.unpacked(Codes.trained(POOL[:1000], codec).packed())
         packed = [(cell, rows, codes.encode(vectors)) for cell, rows, vectors in by_cell(MEMBERS, ROWS, POOL)]
         assert packed[0][2].shape[1] == {"SQ8": 32, "PQ16x4": 8}[codec]
         rough = search(SEEDS, None, ((cell, rows, codes.decode(codes_)) for cell, rows, codes_ in packed), 200)
@@ -76,7 +76,7 @@ def test_codes_with_reranking_come_close_to_exact() -> None:
         same = (found.rows == truth.rows) & good
         assert np.array_equal(found.similarity[same], truth.similarity[same])
     with pytest.raises(PlanError, match="XYZ"):
-        Codes(POOL, "XYZ")
+        Codes.trained(POOL, "XYZ")
 
 
 def test_recall_counts_true_neighbours() -> None:

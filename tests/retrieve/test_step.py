@@ -261,6 +261,54 @@ def test_recall_is_measured_honestly(tmp_path: Path) -> None:
     assert report["sets"][0]["recall"] == pytest.approx(hits / wanted, abs=1e-4)
 
 
+def test_codes_and_exact_comparison_give_the_exact_lists(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Guards the search over codes: what it finds is compared with the vectors at rest, and its recall is its own."""
+    store = Store(str(tmp_path / "run"))
+    shards, _ = build(store)
+    cells = _cells(store, shards)
+    monkeypatch.setattr(seeds, "SEEDS_PER_CHUNK", 11)
+    settings = _sets(tmp_path)
+    settings = settings.model_copy(update={"sets": [settings.sets[0], settings.sets[2]]})
+
+    def run(**update: Any) -> tuple[list[dict[str, Any]], dict[str, Any]]:
+        step = retrieve_step(settings.model_copy(update=update), cells)
+        go(step, store, shards, shuffled_map)
+        report = step.report(store)
+        assert report is not None
+        return rows_of(store, step.tables[0], shards), report
+
+    exact, told = run()
+    assert run(codes="SQ8", rerank=10) == (exact, told)
+    rough, worse = run(codes="PQ1", rerank=1)
+    lines = {line["set"]: line for line in worse["sets"]}
+    assert rough != exact and 0 < lines["file"]["recall"] < 1
+    for row, other in zip(rough, exact, strict=True):
+        assert ("small" in row["retrieved_by"]) == ("small" in other["retrieved_by"])  # cells need no codes
+    with pytest.raises(PlanError, match="expected a divisor"):
+        run(codes="PQ5")
+
+
+def test_embedded_images_retrieve_as_a_file_of_their_vectors(tmp_path: Path) -> None:
+    """Guards against seeds that get lost between the files that a pipeline embedded."""
+    store = Store(str(tmp_path / "run"))
+    shards, rows = build(store)
+    cells = _cells(store, shards)
+    vectors = _usable(rows)[1][:30].astype(np.float16)
+    for number, part in enumerate((vectors[:13], vectors[:0], vectors[13:])):
+        curate.vectors.put_arrays(store, f"_seeds/x/{number:08d}.npz", vectors=part)
+    store.put_json("_seeds/x/rows.json", {"rows": [13, 0, 17]})
+    np.save(tmp_path / "same.npy", vectors)
+    found = []
+    for update in ({"images": "folder"}, {"embeddings": str(tmp_path / "same.npy")}):
+        one = SeedSet.model_validate({"name": "set", "how": "sample", "k": 3, "nprobe": 10, **update})
+        step = retrieve_step(RetrieveSettings(sets=[one], recall_seeds=0), cells, {"set": "_seeds/x"})
+        go(step, store, shards)
+        found.append((rows_of(store, step.tables[0], shards), step.report(store)))
+    assert found[0] == found[1]
+    with pytest.raises(PlanError, match="embeds no seed sets"):
+        retrieve_step(RetrieveSettings(sets=[SeedSet(name="set", how="sample", images="folder")]), cells)
+
+
 def test_killed_anywhere_goes_on_to_the_same_rows(tmp_path: Path) -> None:
     """Guards against half of a pass that a second run takes for the whole."""
     settings, l2 = _sets(tmp_path), CELLS.model_copy(update={"metric": "l2"})
