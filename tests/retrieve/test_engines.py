@@ -53,7 +53,7 @@ def steps(tmp_path: Path) -> Steps:
         whole = cells_step(L2.model_copy(update={"resampling": 0}), store, TABLES, shards)
         yield cells
         yield retrieve_step(RetrieveSettings(sets=sets, recall_seeds=9), cells)
-        yield retrieve_step(RetrieveSettings(sets=sets, recall_seeds=9, codes="PQ4"), cells)
+        yield retrieve_step(RetrieveSettings(sets=sets, recall_seeds=9, codes="SQ8"), cells)
         yield whole
         yield hierarchy_step(TREE, whole)
         yield balance_step(BalanceSettings(entries=str(tmp_path / "entries.txt"), t=3), store, TABLES, shards)
