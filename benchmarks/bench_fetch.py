@@ -319,8 +319,11 @@ def part_transport(arguments: argparse.Namespace, ports: dict) -> None:
     """Client libraries on the bytes alone."""
     print("| library | transport | images/s | CPU ms/image | peak MB |\n|---|---|---|---|---|")
     for scheme in arguments.schemes:
-        for name in ("aiohttp", "aiohttp-uvloop", "httpx", "httpx-h2", "pycurl", "urllib-threads"):
-            table = urls(scheme, ports[scheme], arguments.n)
+        for name in ("aiohttp", "aiohttp-uvloop", "httpx", "httpx-h2", "pycurl", "pycurl-h2", "urllib-threads"):
+            two = name.endswith("-h2")
+            if two and (scheme == "http" or "h2" not in ports):
+                continue  # browsers and servers speak HTTP/2 over TLS only
+            table = urls(scheme, ports["h2" if two else scheme], arguments.n)
             with tempfile.NamedTemporaryFile("w", suffix=".json") as file:
                 json.dump(table, file)
                 file.flush()

@@ -1,7 +1,8 @@
 """A small, fast image server for `bench_fetch.py`: photo-like JPEGs of 100-400 kB over HTTP and TLS, and bad hosts.
 
 `/<number>.jpg` gives one of the pictures; everything else, robots.txt too, is a 404. On the port `hang` connections are
-accepted and never answered. It is a process of its own, so that the clients' CPU seconds are theirs alone.
+accepted and never answered, the port `h2` speaks HTTP/2 over TLS where hypercorn is installed. It is a process of its
+own, so that the clients' CPU seconds are theirs alone.
 """
 
 import argparse
@@ -9,8 +10,10 @@ import asyncio
 import datetime
 import ipaddress
 import json
+import socket
 import ssl
 import sys
+from collections.abc import Callable
 from pathlib import Path
 from typing import ClassVar
 
@@ -130,6 +133,15 @@ class Silence(asyncio.Protocol):
     """Accepts, and never answers."""
 
 
+async def http2(scope: dict, receive: Callable, send: Callable) -> None:
+    """The pictures as an ASGI application."""
+    if scope["type"] == "http":
+        _, body = Images.answers[int(scope["path"][1:-4]) % len(Images.answers)]
+        length = (b"content-length", b"%d" % len(body))
+        await send({"type": "http.response.start", "status": 200, "headers": [length]})
+        await send({"type": "http.response.body", "body": body})
+
+
 async def serve(folder: Path) -> None:
     Images.answers = []
     for path in sorted(folder.glob("*.jpg")):
@@ -144,8 +156,21 @@ async def serve(folder: Path) -> None:
     for name, protocol, tls in (("http", Images, None), ("https", Images, context), ("hang", Silence, None)):
         server = await loop.create_server(protocol, "0.0.0.0", 0, ssl=tls, backlog=4096)
         ports[name] = server.sockets[0].getsockname()[1]
+    try:
+        from hypercorn.asyncio import serve as serve_asgi
+        from hypercorn.config import Config
+    except ImportError:
+        print(json.dumps(ports), flush=True)
+        await asyncio.Event().wait()
+    with socket.socket() as probe:
+        probe.bind(("0.0.0.0", 0))
+        ports["h2"] = probe.getsockname()[1]
+    config = Config.from_mapping(
+        bind=f"0.0.0.0:{ports['h2']}", certfile=str(folder / "server.pem"), keyfile=str(folder / "server.pem"),
+        alpn_protocols=["h2"], h2_max_concurrent_streams=100, keep_alive_max_requests=10**9,
+    )  # fmt: skip
     print(json.dumps(ports), flush=True)
-    await asyncio.Event().wait()
+    await serve_asgi(http2, config)
 
 
 def make(folder: Path) -> None:

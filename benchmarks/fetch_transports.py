@@ -48,37 +48,53 @@ def aiohttp_uvloop(table: Sequence[str]) -> int:
     return uvloop.run(_aiohttp(table))
 
 
-async def _httpx(table: Sequence[str], http2: bool) -> int:
+async def _httpx(table: Sequence[str], version: str) -> int:
     import httpx
 
     limits = httpx.Limits(max_connections=AT_ONCE, max_keepalive_connections=AT_ONCE)
-    async with httpx.AsyncClient(http2=http2, limits=limits, verify=ssl.create_default_context(), timeout=30) as client:
+    verify, two = ssl.create_default_context(), version == "HTTP/2"
+    async with httpx.AsyncClient(http2=two, limits=limits, verify=verify, timeout=30) as client:
 
         async def one(url: str) -> bytes:
-            return (await client.get(url)).content
+            answer = await client.get(url)
+            return answer.content if answer.http_version == version else b""
 
         return await _spread(table, one)
 
 
 def httpx_http1(table: Sequence[str]) -> int:
     """httpx, HTTP/1.1."""
-    return asyncio.run(_httpx(table, http2=False))
+    return asyncio.run(_httpx(table, "HTTP/1.1"))
 
 
 def httpx_http2(table: Sequence[str]) -> int:
-    """httpx with HTTP/2 on offer (the bench server answers HTTP/1.1; this is the cost of having it)."""
+    """httpx, HTTP/2 (of the h2 package)."""
     import h2  # noqa: F401
 
-    return asyncio.run(_httpx(table, http2=True))
+    return asyncio.run(_httpx(table, "HTTP/2"))
 
 
-def pycurl_multi(table: Sequence[str]) -> int:
-    """libcurl's multi interface."""
+def pycurl_http1(table: Sequence[str]) -> int:
+    """libcurl's multi interface, HTTP/1.1."""
+    return _pycurl(table, two=False)
+
+
+def pycurl_http2(table: Sequence[str]) -> int:
+    """libcurl's multi interface, HTTP/2: requests to one host share a connection."""
+    return _pycurl(table, two=True)
+
+
+def _pycurl(table: Sequence[str], *, two: bool) -> int:
     from io import BytesIO
 
     import pycurl
 
+    if two and not pycurl.version_info()[4] & pycurl.VERSION_HTTP2:
+        raise ImportError("this libcurl has no HTTP/2")
+    version = pycurl.CURL_HTTP_VERSION_2_0 if two else pycurl.CURL_HTTP_VERSION_1_1
+    expected = 3 if two else 2  # CURLINFO_HTTP_VERSION
     multi, found, waiting, busy = pycurl.CurlMulti(), 0, list(reversed(table)), 0
+    multi.setopt(pycurl.M_PIPELINING, pycurl.PIPE_MULTIPLEX)
     idle = [pycurl.Curl() for _ in range(AT_ONCE)]
     while waiting or busy:
         while waiting and idle:
@@ -86,6 +102,8 @@ def pycurl_multi(table: Sequence[str]) -> int:
             handle.body = BytesIO()
             handle.setopt(pycurl.URL, waiting.pop())
             handle.setopt(pycurl.CAINFO, ssl.get_default_verify_paths().cafile)
+            handle.setopt(pycurl.HTTP_VERSION, version)
+            handle.setopt(pycurl.PIPEWAIT, two)
             handle.setopt(pycurl.WRITEDATA, handle.body)
             multi.add_handle(handle)
             busy += 1
@@ -93,7 +111,7 @@ def pycurl_multi(table: Sequence[str]) -> int:
             pass
         _, done, failed = multi.info_read()
         for handle in [*done, *(entry[0] for entry in failed)]:
-            found += handle.body.getvalue()[:2] == b"\xff\xd8"
+            found += handle.body.getvalue()[:2] == b"\xff\xd8" and handle.getinfo(pycurl.INFO_HTTP_VERSION) == expected
             multi.remove_handle(handle)
             idle.append(handle)
             busy -= 1
@@ -119,6 +137,7 @@ LIBRARIES: dict[str, Callable[[Sequence[str]], int]] = {
     "aiohttp-uvloop": aiohttp_uvloop,
     "httpx": httpx_http1,
     "httpx-h2": httpx_http2,
-    "pycurl": pycurl_multi,
+    "pycurl": pycurl_http1,
+    "pycurl-h2": pycurl_http2,
     "urllib-threads": urllib_threads,
 }
