@@ -77,7 +77,7 @@ def card(release: Mapping[str, Any], features: Sequence[Mapping[str, Any]] | Non
             for name, facts in release["tables"].items()
         ),
         weights=_weights(release.get("weights") or []),
-        limits=(limits if aside else "") + (taken if "predecessor" in release else ""),
+        limits=(limits if aside else "") + _recall(release) + (taken if "predecessor" in release else ""),
         contact=(recipe.get("fetch") or {}).get("contact") or "whoever gave you this release",
     )
 
@@ -98,6 +98,15 @@ def _front(release: Mapping[str, Any], features: Sequence[Mapping[str, Any]] | N
         "pretty_name": f"curate release {release['fingerprint'][:8]}",
     }
     return f"---\n{yaml.dump(matter, Dumper=_Plain, sort_keys=False)}---"
+
+
+def _recall(release: Mapping[str, Any]) -> str:
+    """What the searches for near copies measured of themselves."""
+    return "".join(
+        f"- Near copies by {rule.partition(':')[2]}: {told['found']:,} of {told['true']:,} near pairs of a sample of "
+        f"{told['rows']:,} rows were found (recall {told['rate']:.4f}); the rest may be here twice.\n"
+        for rule, told in release.get("recall", {}).items()
+    )
 
 
 def _row(name: str, facts: Mapping[str, Any]) -> str:

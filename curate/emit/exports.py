@@ -40,8 +40,9 @@ _LAION_FROM = {
     "similarity": ("clip_similarity_vitb32", "similarity"), "WIDTH": ("original_width", "width"),
     "HEIGHT": ("original_height", "height"),
 }  # fmt: skip
-# What may be handed on without the images and captions.
-_PRIVATE = ("subset", "text", "tar", "offset", "length", "member_sha256", "source_text")
+# What may be handed on without the images and captions: these, and every number.
+_PUBLIC = ("url", "sha256", "image_phash")
+_PLACE = ("offset", "length")
 
 
 def export_coyo(release: str, subset: str, out: Path) -> Path:
@@ -71,18 +72,26 @@ def export_datacomp(release: str, subset: str, out: Path) -> Path:
 
 
 def export_urls(release: str, subset: str, out: Path) -> Path:
-    """`<out>/<subset>.parquet`: uid, url, sha256 of the bytes as served, and all scores; no image, no caption.
+    """`<out>/<subset>.parquet`: uid, url, sha256 of the bytes as served, pHash, and all numbers; no image, no caption.
 
-    img2dataset downloads it with `--url_col url --verify_hash '["sha256","sha256"]'`.
+    No other text goes along, neither of the source nor what a scorer read in a picture. img2dataset downloads it with
+    `--url_col url --verify_hash '["sha256","sha256"]'`.
     """
     path = _place(out, f"{subset}.parquet")
     with _Writer(path) as writer:
         for rows in _tars(release, subset):
-            kept = rows.select([name for name in rows.column_names if name not in _PRIVATE])
-            uid = kept.column("uid") if "uid" in kept.column_names else kept.column("key")
-            kept = kept.drop_columns([name for name in ("uid", "key") if name in kept.column_names])
-            writer.write(kept.add_column(0, "uid", uid))
+            uid = rows.column("uid" if "uid" in rows.column_names else "key")
+            kept = [field.name for field in rows.schema if field.name in _PUBLIC or _is_numeric(field.type)]
+            kept = [name for name in kept if name not in _PLACE]
+            writer.write(rows.select(kept).add_column(0, "uid", uid))
     return path
+
+
+def _is_numeric(kind: pa.DataType) -> bool:
+    """Numbers, truths, and lists of them."""
+    if pa.types.is_list(kind) or pa.types.is_large_list(kind) or pa.types.is_fixed_size_list(kind):
+        return _is_numeric(kind.value_type)
+    return bool(pa.types.is_integer(kind) or pa.types.is_floating(kind) or pa.types.is_boolean(kind))
 
 
 def export_entries(release: str, subset: str, out: Path) -> Path:

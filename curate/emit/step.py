@@ -37,7 +37,7 @@ from curate.emit.verify import NOTE, RELEASES, WITHDRAWN
 from curate.errors import PlanError
 from curate.metrics import Ticker
 from curate.presence import written_at
-from curate.rows import SAMPLES, clauses_path
+from curate.rows import SAMPLES, clauses_path, recall_path
 from curate.schema import Shard, TableSpec, fingerprint, inputs_of, pool_digest
 from curate.stage import CrossStep, Map
 from curate.store import Store
@@ -183,6 +183,8 @@ class EmitStep(CrossStep):
             },
         )  # fmt: skip
         release["weights"] = self._weights
+        copies = next((spec for spec in self._specs if spec.name == "duplicates"), None)
+        release["recall"] = (store.get_json(recall_path(copies)) if copies is not None else None) or {}
         digest, rows, scores = _concatenate(build, notes)
         release["manifest"] = {"sha256": digest, "rows": rows}
         for name, noted in scores.items():

@@ -2,6 +2,7 @@
 
 import os
 import re
+import runpy
 import subprocess
 import sys
 import threading
@@ -53,6 +54,19 @@ def test_open_clip_trains_on_it(release: Path, tmp_path: Path, resampled: bool) 
     assert "Handling webdataset error" not in log
     checkpoints = tmp_path / "tiny" / "checkpoints"
     assert any(checkpoints.glob("epoch_1.pt"))
+
+
+@pytest.mark.filterwarnings("ignore::DeprecationWarning")  # of a fork with threads: the loaders' workers
+@pytest.mark.parametrize("words", [[], ["--stream"]], ids=["map-style", "streamed"])
+def test_multi_crop_example_runs(
+    release: Path, words: list[str], monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Guards against an example that a reader copies and that does not run: multi-crop, several workers."""
+    example = str(Path(__file__).resolve().parents[2] / "examples" / "multi_crop.py")
+    sized = ["--batch", "8", "--batches", "4", "--workers", "2"]
+    monkeypatch.setattr(sys, "argv", [example, str(release), "any", *sized, *words])
+    runpy.run_path(example, run_name="__main__")
+    assert capsys.readouterr().out.startswith("32 pictures, 10 crops each ((8, 3, 224, 224), (8, 3, 98, 98))")
 
 
 class _Site(BaseHTTPRequestHandler):

@@ -61,7 +61,9 @@ def test_url_list_holds_neither_image_nor_caption(release: Path, tmp_path: Path)
     """Guards against captions handed on where only links may be."""
     table = pq.read_table(EXPORTS["urls"](str(release), "good", tmp_path))
     assert {"uid", "url", "sha256", "score"} <= set(table.schema.names)
-    assert not {"text", "tar", "key"} & set(table.schema.names)
+    scores = ["score", "word_count", "boxes"]
+    sizes = ["width", "height", "original_width", "original_height", "original_bytes", "source_width"]
+    assert sorted(table.schema.names) == sorted(["uid", "url", "sha256", *sizes, *scores])
     assert table.column("uid").to_pylist() == _keys(release, "good")
 
 
