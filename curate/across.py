@@ -21,6 +21,7 @@ from curate.stage import Map
 from curate.store import Store
 
 ROWS_PER_PARTITION = 4_000_000  # 64 bytes a row with a usual keep order: a quarter GiB in the deciding process
+PARTITION_BYTES = 1 << 30  # where rows are larger
 SHARDS_PER_SPILL = 50  # a billion rows are then half a million files between the passes, not 25 million
 SHARDS_PER_RETURN = 200  # verdict files are read once per this many shards
 CHUNKS = 32  # at least, where there are as many shards: work for that many cores
@@ -36,14 +37,18 @@ Decide = Callable[[pa.Table], pa.Table]
 
 
 def decide_across(
-    store: Store, work: str, shards: Sequence[Shard], map_items: Map, candidates: Candidates, decide: Decide
-) -> None:
+    store: Store, work: str, shards: Sequence[Shard], map_items: Map, candidates: Candidates, decide: Decide,
+    row_bytes: int = 64,
+) -> None:  # fmt: skip
     """Run the three passes below the folder `work`; `verdicts_on` then reads what was decided of a shard.
 
     `candidates` and `decide` must be picklable and depend on nothing but their argument and committed tables.
+    `row_bytes` says how large a candidate is.
     """
     names = [shard.name for shard in shards]
-    partitions = max(1, -(-sum(shard.rows for shard in shards) // ROWS_PER_PARTITION))
+    partitions = max(
+        1, -(-sum(shard.rows for shard in shards) // min(ROWS_PER_PARTITION, PARTITION_BYTES // row_bytes))
+    )
     spilled = set(store.names(f"{work}/spilled"))
     todo = [chunk for chunk in _chunks(len(names), SHARDS_PER_SPILL) if f"{chunk.start:08d}.json" not in spilled]
     _finish(map_items(partial(_spill, store, work, names, partitions, candidates), todo))

@@ -41,6 +41,11 @@ def clauses_path(member: TableSpec, shards: Sequence[Shard]) -> str:
     return f"_clauses/{member.fingerprint}-{pool_digest(shards)}.json"
 
 
+def recall_path(duplicates: TableSpec) -> str:
+    """Where it stands how many near pairs of a sample the searches of a table of copies found."""
+    return f"{duplicates.name}/{duplicates.fingerprint}/_recall.json"
+
+
 def columns_of(tables: Sequence[TableSpec]) -> dict[str, Column]:
     """Every name of the wide table, in table order. Raises PlanError when two computed tables share a column."""
     columns = {KEY.name: Column(KEY.name, tables[0], KEY.name)}

@@ -93,13 +93,17 @@ def known_to(store: Store, identity: str, note: str, shards: Sequence[Shard]) ->
 
 
 def publish(store: Store, identity: str, run: str, work: str, shards: Sequence[Shard], map_items: Map) -> None:
-    """Keep what a run found below its folder `work`, and nothing older of the same identity."""
+    """Keep what a run found below its folder `work`."""
     folder = f"{identity}/{run}"
     if not store.exists(f"{folder}/pool.json"):
         there = set(store.names(folder))
         todo = [shard.name for shard in shards if f"{shard.name}.npz" not in there]
         finish(map_items(partial(_keep, store, work, folder), todo))
         store.put_json(f"{folder}/pool.json", {"shards": [[shard.name, shard.rows] for shard in shards]})
+
+
+def forget_older(store: Store, identity: str, run: str) -> None:
+    """Remove what other runs kept of the same identity; not before this one can do without."""
     for other in store.names(identity):
         if other != run:
             store.remove_tree(f"{identity}/{other}")

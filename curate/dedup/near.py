@@ -10,10 +10,10 @@
 
 Rows are numbered across the pool in the order of its shards. What a record is, which partitions it goes to and which of
 them are near, a `Search` says: hashes (`near_hashes`) or vectors (`near_vectors`). Rows that an earlier run compared
-bring their group along (`known`), and only pairs with a row that is fresh are compared. Memory is bounded by a chunk, by
-a partition, and at the end by the rows that have an edge. Files are a few for each chunk, and a task reads its own range
-of each: their number grows with the pool, not with pool times partitions. Every file is written whole and none is made
-twice: killed anywhere, a second run goes on. It refuses to decide who stays.
+bring their group along (`known`), and only pairs with a row that is fresh are compared. Memory is bounded by a chunk,
+by a partition, and at the end by the rows that have an edge. Files are a few for each chunk, and a task reads its own
+range of each: their number grows with the pool, not with pool times partitions. Every file is written whole and none is
+made twice: killed anywhere, a second run goes on. It refuses to decide who stays.
 """
 
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence

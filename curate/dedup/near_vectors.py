@@ -1,10 +1,10 @@
 """Vectors near in cosine as a search over partitions (`near`): k-means cells, each vector in its nearest few.
 
-Cells are trained on a seeded sample of the pool's founders: its first shards, up to the largest power of two of rows. So
-they stay the same, and old pairs known, while a pool grows to twice its size, and then all is compared anew: each row
-is, whatever the number of refreshes, compared with all a few times. A partition is a run of cells; a row enters it
-once, with its vector, however many of its cells lie there. Inside a cell the search is exact (`cosine`), and pairs that
-share no cell are missed: `measure_pool` says how many. A pool of up to 40,000 rows is one cell, exact.
+Cells are trained on a seeded sample of the pool's founders: its first shards, up to the largest power of two of rows.
+So they stay the same, and old pairs known, while a pool grows to twice its size, and then all is compared anew: over
+all refreshes each row is compared with all a few times. A partition is a run of cells; a row enters it once, with its
+vector, however many of its cells lie there. Inside a cell the search is exact (`cosine`), and pairs that share no cell
+are missed: `measure_pool` says how many. A pool of up to 40,000 rows is one cell, exact.
 
 Rows of equal bytes are folded into the first of them before they are dealt and again while a partition is read, so a
 placeholder image that is half of the pool is held once. Three forms (RECIPES 2 and 5), each the published algorithm
@@ -39,8 +39,8 @@ from curate.dedup.components import spanning_forest
 from curate.dedup.cosine import edges_above, first_equal, nearest_above
 from curate.dedup.cosine_block import VectorArray
 from curate.dedup.near import FRESH, Edges, IntArray, Pool, Records
-from curate.schema import Shard
 from curate.dedup.semdedup import rank_rows, similarity_to_earlier
+from curate.schema import Shard
 from curate.store import Store
 from curate.vectors import get_arrays, put_arrays
 
@@ -233,10 +233,10 @@ def pairs_with_fresh(fresh: BoolArray) -> int:
 
 
 def founders(shards: Sequence[Shard]) -> Sequence[Shard]:
-    """The first shards, up to the largest power of two of rows that the pool has; all, where one cell holds the pool."""
+    """The first shards, up to the largest power of two of rows that the pool has; none, where one cell holds it."""
     ends = np.cumsum([0, *(shard.rows for shard in shards)])
     if ends[-1] <= ONE_CELL * ROWS_PER_CELL:
-        return shards
+        return []
     return shards[: int(np.searchsorted(ends, 1 << (int(ends[-1]).bit_length() - 1)))]
 
 
@@ -296,8 +296,6 @@ def _train(
         return even, different
     if form == "semdedup":
         return train_cells(different, n, cells=cells or max(1, round(n / rows_per_cell)), iterations=100), different
-    if rows <= ONE_CELL * ROWS_PER_CELL:
-        return even, different
     per_cell = max(ROWS_PER_CELL, -(-n * PROBES * LEAST_PER_CELL // len(different)))
     return train_cells(different, n, rows_per_cell=per_cell), different
 

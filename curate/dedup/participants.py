@@ -6,8 +6,9 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.compute as pc
 
-from curate.across import ROW, verdicts_on
+from curate.across import ROW
 from curate.dedup.cosine_block import VectorArray
+from curate.dedup.firsts import rows_removed
 from curate.dedup.hamming_tables import HashArray
 from curate.dedup.near import IntArray
 from curate.dedup.near_hashes import hashes_of
@@ -26,7 +27,7 @@ def taking_part(store: Store, rule: Rule, names: Sequence[str], before: Sequence
     mask = pc.equal(table["status"], OK)
     mask = pc.and_(mask, pc.is_valid(table[rule.values[0]]))  # (pHash, null text) is a pair, a null pHash is nothing
     for earlier in before:
-        gone = verdicts_on(store, earlier.work, shard)[ROW.name]
+        gone = rows_removed(store, earlier, shard)
         mask = pc.and_(mask, pc.invert(pc.is_in(table[ROW.name], gone)))
     return table.filter(pc.fill_null(mask, False))
 

@@ -19,10 +19,11 @@ from typing import Any
 import numpy as np
 import pyarrow as pa
 
-from curate.across import ROW, decide_across, verdicts_on
+from curate.across import ROW, decide_across
 from curate.config import DedupSettings
 from curate.dedup.cells import Recall
-from curate.dedup.known import identity_of, known_to, publish
+from curate.dedup.firsts import GONE, row_bytes, verdicts_of
+from curate.dedup.known import forget_older, identity_of, known_to, publish
 from curate.dedup.near import Pool, group_near, pool_of
 from curate.dedup.near_hashes import search_hashes
 from curate.dedup.near_vectors import founders, search_vectors
@@ -32,6 +33,10 @@ from curate.dedup.references import NearestVectors, keep_reference, kept_referen
 from curate.dedup.released import member_folders, preferred_release
 from curate.dedup.rules import Rule, rules_of, sums_of
 from curate.dedup.verdicts import (
+    DIRECT,
+    GROUP,
+    KEPT,
+    SIMILARITY,
     check_ordering,
     copies_on,
     earlier_of_each,
@@ -42,23 +47,26 @@ from curate.dedup.verdicts import (
     touching,
 )
 from curate.metrics import Ticker
-from curate.rows import Column, columns_of
+from curate.rows import Column, columns_of, recall_path
 from curate.schema import KEY, Shard, TableSpec, fingerprint, inputs_of, pool_digest
 from curate.stage import CrossStep, Map
 from curate.store import Store
 from curate.vectors import chunks_of, finish, put_arrays
 
-VERSION = 2
+VERSION = 3
 SHARDS_PER_ASK = 50  # an index of the references is built once per this many shards
 
 _FIELDS = (
     pa.field("is_duplicate", pa.bool_(), nullable=False),
     pa.field("duplicate_of", pa.string()),  # key of the row that was kept instead, or id of a reference
     pa.field("duplicate_kind", pa.string()),  # the rule: sha256, image_phash, embedding_<name>, reference:<name>
-    # Of its best edge in the group. Hashes: 1 less a 64th per bit, exact; vectors: the best cosine of the edges that
-    # hold the group together, so that a closer pair may exist.
+    # To the row (or reference) that `duplicate_of` names: cosine, or for hashes 1 less a 64th for each bit. Below the
+    # rule's threshold where other rows connect the two; null where a reference is reached through other rows only.
     pa.field("duplicate_similarity", pa.float32()),
     pa.field("duplicate_reason", pa.string()),
+    # Of every row in a group, the one that stays included: the key of the row that stays, or, where all of it touches a
+    # reference, of its first row. Null: no rule found it near another.
+    pa.field("duplicate_group", pa.string()),
 )
 
 
@@ -113,16 +121,17 @@ class DedupStep(CrossStep):
                 recalls[f"{number}:{rule.kind}"] = {**vars(recall), "rate": recall.rate, "at_least": recall.lower}
                 counts[f"{rule.kind}: near pairs of {recall.rows} sampled rows"] += recall.true
                 counts[f"{rule.kind}: of these found"] += recall.found
-        for rule in rules:
-            if rule.refreshed:
-                run = f"{self._spec.fingerprint}-{rule.number}"
-                publish(store, _identity(rule, shards), run, rule.work, shards, map_items)
-        told = f"{store.folder(self._spec)}/_recall.json"
+        refreshed = [rule for rule in rules if rule.refreshed]
+        for rule in refreshed:
+            publish(store, _identity(rule, shards), self._spec.fingerprint, rule.work, shards, map_items)
+        told = recall_path(self._spec)
         if recalls and not store.exists(told):  # another run at this root may have swept away what was just counted
             store.put_json(told, recalls)
         for count in map_items(partial(_commit, store, self._spec, self._any, rules), list(shards)):
             counts.update(count)
             ticker.advance(1)
+        for rule in refreshed:
+            forget_older(store, _identity(rule, shards), self._spec.fingerprint)
         store.remove_tree(work)
         return counts
 
@@ -176,7 +185,8 @@ def _decide(
         candidates, decide = reaching_on, partial(touching, store, path)
     elif rule.semdedup:
         candidates, decide = redundant_on, earlier_of_each
-    decide_across(store, rule.work, shards, map_items, partial(candidates, store, rule, before), decide)
+    of_shard = partial(candidates, store, rule, before)
+    decide_across(store, rule.work, shards, map_items, of_shard, decide, row_bytes(rule))
     return recall
 
 
@@ -187,7 +197,9 @@ def _group(pool: Pool, rule: Rule, shards: Sequence[Shard], map_items: Map) -> t
         pool = replace(pool, known=known_to(pool.store, _identity(rule, shards), note, shards))
     if rule.search == "hashes":
         return None, group_near(pool, search_hashes(pool, rule.radius), map_items)
-    founding = pool_of(pool.store, pool.folder, pool.everyone, pool.everyone, founders(shards))
+    founding = pool  # SemDeDup's number of cells follows the pool
+    if rule.form != "semdedup":
+        founding = pool_of(pool.store, pool.folder, pool.everyone, pool.everyone, founders(shards))
     search = search_vectors(
         pool, founding, rule.form, rule.threshold, rule.settings.neighbours, rule.settings.cells,
         rule.columns[rule.values[0]].type.list_size, dtype_of(rule),
@@ -199,8 +211,8 @@ def _group(pool: Pool, rule: Rule, shards: Sequence[Shard], map_items: Map) -> t
 def _identity(rule: Rule, shards: Sequence[Shard]) -> str:
     """What the rule compares and how; for vectors, in which cells."""
     read = {name: rule.columns[name].table.fingerprint for name in ("status", rule.values[0])}
-    cells = pool_digest(founders(shards)) if rule.search == "vectors" and founders(shards) != shards else None
-    return identity_of(rule.search, rule.radius, rule.threshold if rule.search == "vectors" else None, read, cells)
+    how = rule.radius if rule.search == "hashes" else [rule.threshold, pool_digest(founders(shards))]
+    return identity_of(rule.number, rule.kind, how, read)
 
 
 def _ask(pool: Pool, rule: Rule, path: str, chunk: range) -> None:
@@ -220,13 +232,16 @@ def _ask(pool: Pool, rule: Rule, path: str, chunk: range) -> None:
         )  # fmt: skip
 
 
-def _apply(rule: Rule, verdicts: pa.Table, rows: list[dict[str, Any]]) -> None:
-    told = (verdicts[name].to_pylist() for name in (ROW.name, "kept", "similarity_", "direct_"))
-    for row, kept, similarity, direct in zip(*told, strict=True):
-        rows[row] = {
-            "is_duplicate": True, "duplicate_of": kept, "duplicate_kind": rule.kind,
-            "duplicate_similarity": similarity, "duplicate_reason": reason(rule, kept, direct),
-        }  # fmt: skip
+def _apply(store: Store, rule: Rule, shard: str, rows: list[dict[str, Any]]) -> None:
+    verdicts = verdicts_of(store, rule, shard)
+    names = (ROW.name, KEPT.name, SIMILARITY.name, DIRECT.name, GROUP.name, GONE.name)
+    for row, kept, similarity, direct, group, gone in zip(*(verdicts[name].to_pylist() for name in names), strict=True):
+        rows[row] = {**rows[row], "duplicate_group": group}
+        if gone:
+            rows[row] |= {
+                "is_duplicate": True, "duplicate_of": kept, "duplicate_kind": rule.kind,
+                "duplicate_similarity": similarity, "duplicate_reason": reason(rule, kept, direct),
+            }  # fmt: skip
 
 
 def _commit(store: Store, spec: TableSpec, aligned: TableSpec, rules: Sequence[Rule], shard: Shard) -> dict[str, int]:
@@ -239,7 +254,7 @@ def _commit(store: Store, spec: TableSpec, aligned: TableSpec, rules: Sequence[R
     nothing: dict[str, Any] = {**dict.fromkeys((field.name for field in _FIELDS), None), "is_duplicate": False}
     rows = [nothing] * shard.rows
     for rule in rules:
-        _apply(rule, verdicts_on(store, rule.work, shard.name), rows)
+        _apply(store, rule, shard.name, rows)
     keys = store.read(aligned, shard.name, [KEY.name]).column(KEY.name)
     told = pa.Table.from_pylist(rows, schema=pa.schema(_FIELDS))
     store.write(spec, shard, pa.table([keys, *told.columns], schema=spec.schema), aligned_with=aligned)

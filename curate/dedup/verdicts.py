@@ -17,6 +17,7 @@ import pyarrow as pa
 import pyarrow.compute as pc
 
 from curate.across import ROW, SHARD, VALUE
+from curate.dedup.firsts import COUNT, GONE, PAYLOAD, firsts_here, order_of, ordering_errors, payload_of
 from curate.dedup.near import IntArray, read_groups
 from curate.dedup.participants import taking_part
 from curate.dedup.references import kept_reference
@@ -35,8 +36,11 @@ ROLE = pa.field("role_", pa.int64())  # 1: redundant; 0: made another row redund
 KEPT = pa.field("kept", pa.string())
 DIRECT = pa.field("direct_", pa.bool_())
 
-_OF_COPIES = pa.schema([KEY, SHARD, ROW, VALUE, SIMILARITY, RELEASED, ROLE, REFERENCE])  # names that are taken
-VERDICT = pa.schema([SHARD, ROW, KEPT, SIMILARITY, DIRECT])
+GROUP = pa.field("group_", pa.string())
+
+# Names that are taken.
+_OF_COPIES = pa.schema([KEY, SHARD, ROW, VALUE, SIMILARITY, RELEASED, ROLE, REFERENCE, PAYLOAD, COUNT, GROUP])
+VERDICT = pa.schema([SHARD, ROW, KEPT, SIMILARITY, DIRECT, GROUP, PAYLOAD, GONE])
 
 
 def check_ordering(rule: Rule) -> None:
@@ -53,44 +57,37 @@ def check_ordering(rule: Rule) -> None:
 
 
 def copies_on(store: Store, rule: Rule, before: Sequence[Rule], shard: str) -> pa.Table:
-    """Candidates: rows that take part, with the hash of what the rule compares, or of the group they are in."""
+    """Candidates: the first row of each group in the shard, under what the rule compares, or the group it is in."""
     exact = rule.search == "exact"
     table = taking_part(store, rule, [*(rule.values if exact else ()), *rule.keep_columns], before, shard)
     if exact:
         values: list[Any] = list(zip(*(table[name].to_pylist() for name in rule.values), strict=True))
-        similarity = np.ones(len(values), np.float32)
     else:
         near = read_groups(store, rule.work, shard)
         table = table.filter(pc.is_in(table[ROW.name], pa.array(near["row"])))
-        values, similarity = near["group"].tolist(), near["similarity"]
-    candidates = table.select([KEY.name, ROW.name, *key_columns(rule)])
-    candidates = candidates.append_column(VALUE, _digests(values)).append_column(SIMILARITY, pa.array(similarity))
+        values = near["group"].tolist()
+    candidates = table.select([KEY.name, ROW.name, *key_columns(rule)]).append_column(VALUE, _digests(values))
     released = pa.array([False] * table.num_rows, pa.bool_())
     if rule.released:
         released = released_rows(store, rule.released, shard, table[ROW.name].to_numpy())
-    return candidates.append_column(RELEASED, released)
+    candidates = candidates.append_column(RELEASED, released).append_column(PAYLOAD, payload_of(rule, table))
+    return firsts_here(store, rule, shard, candidates)
 
 
 def first_of_each(keep: str, rows: pa.Table) -> pa.Table:
-    """Verdict on every row that is not the first of its group. Raises PlanError."""
+    """Verdict on every candidate of a group of two rows or more: which stays. Raises PlanError."""
     query = f"""
         WITH grouped AS (
           SELECT * FROM candidates
-          WHERE value_ IN (SELECT value_ FROM candidates GROUP BY value_ HAVING count(*) > 1)
-        ), ranked AS (
-          SELECT shard_, row_, key, similarity_,
-            first_value(key) OVER w AS kept, row_number() OVER w AS place
-          FROM grouped WINDOW w AS (PARTITION BY value_ ORDER BY released_ DESC, {keep}, key, shard_, row_)
+          WHERE value_ IN (SELECT value_ FROM candidates GROUP BY value_ HAVING sum(count_) > 1)
         )
-        SELECT shard_, row_, kept, similarity_, true AS direct_ FROM ranked WHERE place > 1 ORDER BY shard_, row_
+        SELECT shard_, row_, first_value(key) OVER w AS kept, CAST(NULL AS FLOAT) AS similarity_, true AS direct_,
+          first_value(key) OVER w AS group_, first_value(payload_) OVER w AS payload_,
+          row_number() OVER w > 1 AS gone_
+        FROM grouped WINDOW w AS (PARTITION BY value_ ORDER BY {order_of(keep)}, shard_, row_) ORDER BY shard_, row_
         """
-    try:
+    with ordering_errors(keep):
         return _query(query, rows)
-    except duckdb.Error as error:
-        cause = " ".join(str(error).split("\n\n", maxsplit=1)[0].split())
-        raise PlanError(
-            f"keep: {keep}: {cause}; expected an ordering that holds for every row, e.g. with TRY_CAST"
-        ) from None
 
 
 def redundant_on(store: Store, rule: Rule, before: Sequence[Rule], shard: str) -> pa.Table:
@@ -109,7 +106,8 @@ def earlier_of_each(rows: pa.Table) -> pa.Table:
     """Verdict on every redundant row."""
     return _query(
         """
-        SELECT gone.shard_, gone.row_, earlier.key AS kept, gone.similarity_, true AS direct_
+        SELECT gone.shard_, gone.row_, earlier.key AS kept, gone.similarity_, true AS direct_, earlier.key AS group_,
+          CAST(NULL AS BLOB) AS payload_, true AS gone_
         FROM candidates gone JOIN candidates earlier ON gone.value_ = earlier.value_ AND earlier.role_ = 0
         WHERE gone.role_ = 1 ORDER BY gone.shard_, gone.row_
         """,
@@ -121,17 +119,15 @@ def reaching_on(store: Store, rule: Rule, before: Sequence[Rule], shard: str) ->
     """Candidates against a reference: rows that reach it, and rows in groups, whose fate is one."""
     direct = get_arrays(store, f"{rule.work}/direct/{shard}.npz")
     value = {row: int(direct["start"][0]) + row for row in direct["row"].tolist()}
-    similarity: dict[int, float] = {}
     if rule.grouped:
         near = read_groups(store, rule.work, shard)
         value |= dict(zip(near["row"].tolist(), near["group"].tolist(), strict=True))
-        similarity |= dict(zip(near["row"].tolist(), near["similarity"].tolist(), strict=True))
-    similarity |= dict(zip(direct["row"].tolist(), direct["similarity"].tolist(), strict=True))
+    similarity = dict(zip(direct["row"].tolist(), direct["similarity"].tolist(), strict=True))
     reference = dict(zip(direct["row"].tolist(), direct["reference"].tolist(), strict=True))
     rows = sorted(value)
     table = _rows(store, rule, before, shard, np.array(rows, np.int64))
     table = table.append_column(VALUE, _digests([value[row] for row in rows]))
-    table = table.append_column(SIMILARITY, pa.array([similarity[row] for row in rows], pa.float32()))
+    table = table.append_column(SIMILARITY, pa.array([similarity.get(row) for row in rows], pa.float32()))
     return table.append_column(REFERENCE, pa.array([reference.get(row, -1) for row in rows], pa.int64()))
 
 
@@ -140,11 +136,12 @@ def touching(store: Store, reference_path: str, rows: pa.Table) -> pa.Table:
     found = _query(
         """
         WITH ranked AS (
-          SELECT *, first_value(reference_) OVER w AS nearest_ FROM candidates
+          SELECT *, first_value(reference_) OVER w AS nearest_,
+            first_value(key) OVER (PARTITION BY value_ ORDER BY shard_, row_) AS group_ FROM candidates
           WINDOW w AS (PARTITION BY value_ ORDER BY reference_ < 0, similarity_ DESC, reference_, shard_, row_)
         )
         SELECT shard_, row_, CAST(CASE WHEN reference_ < 0 THEN nearest_ ELSE reference_ END AS VARCHAR) AS kept,
-          similarity_, reference_ >= 0 AS direct_
+          similarity_, reference_ >= 0 AS direct_, group_, CAST(NULL AS BLOB) AS payload_, true AS gone_
         FROM ranked WHERE nearest_ >= 0 ORDER BY shard_, row_
         """,
         rows,

@@ -5,45 +5,23 @@ alone. The page is one file without scripts or requests; everything that came fr
 small JPEGs of our own encoding.
 """
 
-import base64
-import io
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
 from html import escape
-from typing import Any
 
 import duckdb
 import pyarrow as pa
-from PIL import Image
 
 from curate.catalog import open_catalog, quoted, views_of
 from curate.report.agreement import Agreement, agreement, agreement_html
+from curate.report.copies import copies_html
 from curate.report.funnel import MEMBER, Line, funnel
+from curate.report.pictures import STYLE, Picture, gallery
 from curate.schema import TableSpec
 from curate.store import Store
 
-PICTURES = 24  # per gallery: a screenful
 GROUPS = 12
-SIDE = 128  # pixels of a thumbnail
+PICTURES = 24  # per gallery: a screenful
 BINS = 40
-MAX_PIXELS = 50_000_000  # a stored image above this is not decoded for a thumbnail
-
-STYLE = """
-body{font:15px/1.45 system-ui,sans-serif;margin:2rem auto;max-width:72rem;padding:0 1rem;color:#222}
-table{border-collapse:collapse}td{padding:.1rem .8rem .1rem 0}td.n{text-align:right;font-variant-numeric:tabular-nums}
-.sub td:first-child{padding-left:1.6rem;color:#666}.bar{background:#dbe7f5;height:.7rem;display:inline-block}
-.gallery{display:flex;flex-wrap:wrap;gap:.6rem}figure{margin:0;width:9rem;font-size:12px;overflow-wrap:anywhere}
-img{max-width:8rem;max-height:8rem;background:#eee}h2{margin-top:2rem}.group{border-left:3px solid #ccc;padding-left:.6rem;margin:.6rem 0}
-svg{background:#f7f7f7;margin-right:1rem}.sets th{font-weight:normal;padding:.1rem .8rem .1rem 0;text-align:left}.sets i{color:#bbb}
-"""  # noqa: E501
-
-
-@dataclass(frozen=True)
-class Picture:
-    """A stored image with what to say under it."""
-
-    location: dict[str, Any]
-    words: str
 
 
 def write_page(store: Store, tables: Sequence[TableSpec], shards: Sequence[str]) -> str:
@@ -61,7 +39,7 @@ def write_page(store: Store, tables: Sequence[TableSpec], shards: Sequence[str])
             for name in members:
                 body += list(_subset(store, connection, name))
             if "duplicates" in views:
-                body += list(_groups(store, connection))
+                body += list(copies_html(store, connection, tables))
     return f"<!doctype html><meta charset=utf-8><title>curate</title><style>{STYLE}</style>" + "\n".join(body)
 
 
@@ -119,8 +97,8 @@ def _subset(store: Store, connection: duckdb.DuckDBPyConnection, view: str) -> I
         connection, f'"{view}" AS m JOIN rows USING (key)', "NOT m.member AND tar IS NOT NULL", "m.reason || ' — ' || "
         "coalesce(text, '')",
     )  # fmt: skip
-    yield f"<h2>Subset {escape(name)}: kept</h2>" + _gallery(store, kept)
-    yield f"<h2>Subset {escape(name)}: dropped</h2>" + _gallery(store, dropped)
+    yield f"<h2>Subset {escape(name)}: kept</h2>" + gallery(store, kept)
+    yield f"<h2>Subset {escape(name)}: dropped</h2>" + gallery(store, dropped)
 
 
 def _apart(store: Store, connection: duckdb.DuckDBPyConnection, found: Agreement) -> Iterator[str]:
@@ -131,20 +109,7 @@ def _apart(store: Store, connection: duckdb.DuckDBPyConnection, found: Agreement
         )
         pictures = _rows(connection, "rows", f"tar IS NOT NULL AND {where}", "coalesce(text, '')", most=8)
         words = f"{escape(' and '.join(combination))} alone: {found.rows[combination]:,} rows"
-        yield f"<div class=group>{words}{_gallery(store, pictures)}</div>"
-
-
-def _groups(store: Store, connection: duckdb.DuckDBPyConnection) -> Iterator[str]:
-    yield "<h2>Copies: the first was kept</h2>"
-    firsts = connection.execute(
-        "SELECT duplicate_of, count(*) AS n FROM duplicates WHERE is_duplicate GROUP BY 1 ORDER BY n DESC, 1 "
-        f"LIMIT {GROUPS}"
-    ).fetchall()
-    for key, count in firsts:
-        where = f"key = '{key}' OR duplicate_of = '{key}'"  # a key is hexadecimal digits of our own
-        words = "CASE WHEN is_duplicate THEN duplicate_kind ELSE 'kept' END || ' — ' || coalesce(text, '')"
-        pictures = _rows(connection, "rows", f"tar IS NOT NULL AND ({where})", words, "is_duplicate, key", 8)
-        yield f"<div class=group>{count:,} copies{_gallery(store, pictures)}</div>"
+        yield f"<div class=group>{words}{gallery(store, pictures)}</div>"
 
 
 def _rows(
@@ -154,32 +119,3 @@ def _rows(
         f'SELECT tar, "offset", length, {words} AS words FROM {source} WHERE {where} ORDER BY {order} LIMIT {most}'
     ).fetchall()
     return [Picture({"tar": tar, "offset": at, "length": size}, str(words)) for tar, at, size, words in found]
-
-
-def _gallery(store: Store, pictures: Sequence[Picture]) -> str:
-    if not pictures:
-        return "<p>none"
-    table = pa.Table.from_pylist([picture.location for picture in pictures])
-    figures = (
-        f'<figure><img alt="" src="{_thumbnail(data)}"><figcaption>{escape(picture.words[:160])}</figcaption></figure>'
-        for picture, data in zip(pictures, store.read_images(table), strict=True)
-    )
-    return f"<div class=gallery>{''.join(figures)}</div>"
-
-
-def _thumbnail(data: bytes | None) -> str:
-    """A data URL of a small JPEG; empty when the bytes cannot be shown."""
-    if data is None:
-        return ""
-    try:
-        with Image.open(io.BytesIO(data)) as image:
-            if image.width * image.height > MAX_PIXELS:
-                return ""
-            image.draft("RGB", (SIDE, SIDE))
-            small = image.convert("RGB")
-            small.thumbnail((SIDE, SIDE))
-    except (OSError, ValueError, Image.DecompressionBombError):
-        return ""
-    out = io.BytesIO()
-    small.save(out, "JPEG", quality=75)
-    return "data:image/jpeg;base64," + base64.b64encode(out.getvalue()).decode()

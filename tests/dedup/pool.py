@@ -9,8 +9,11 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 import pyarrow as pa
+import pytest
 
+from curate import across
 from curate.config import DedupSettings
+from curate.dedup import cells, near_vectors
 from curate.dedup.step import DedupStep, dedup_step
 from curate.metrics import progress
 from curate.schema import KEY, SAMPLE_FIELDS, Shard, TableSpec, inputs_of, keys_of
@@ -99,3 +102,30 @@ def cosines(vectors: Vectors) -> npt.NDArray[np.float32]:
     with np.errstate(all="ignore"):
         unit = wide / np.sqrt((wide * wide).sum(axis=1, keepdims=True))
         return np.asarray(np.nan_to_num((unit @ unit.T).astype(np.float32), nan=-2))
+
+
+def planted(n: int = 900, width: int = 24, dtype: str = "float16") -> Vectors:
+    """Chains of near copies, equal rows, and rows 3, 5, 7 zero, NaN, infinite."""
+    draw = np.random.default_rng(0)
+    vectors = draw.standard_normal((n, width))
+    for link in range(1, 4):
+        at = draw.permutation(n)[: n // 5]
+        vectors[at] = vectors[(at * 7 + link) % n] + 0.15 * draw.standard_normal((len(at), width))
+    equal = draw.permutation(n)[: n // 6]
+    vectors[equal] = vectors[equal[0]]
+    vectors[3], vectors[5, 0], vectors[7, 0] = 0, np.nan, np.inf
+    return vectors.astype(dtype)
+
+
+def in_small_cells(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Cells, partitions and chunks as a large pool has them."""
+    for module in (cells, near_vectors):
+        monkeypatch.setattr(module, "ROWS_PER_CELL", 100)
+    monkeypatch.setattr(
+        cells.train_cells, "__kwdefaults__", {**(cells.train_cells.__kwdefaults__ or {}), "rows_per_cell": 100}
+    )
+    monkeypatch.setattr(near_vectors, "ONE_CELL", 0)
+    monkeypatch.setattr(near_vectors, "PARTS", 5)
+    monkeypatch.setattr(near_vectors, "CHUNK_BYTES", 20_000)
+    monkeypatch.setattr(near_vectors, "LEAST_PER_CELL", 5)
+    monkeypatch.setattr(across, "CHUNKS", 3)

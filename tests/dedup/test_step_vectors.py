@@ -10,43 +10,15 @@ import numpy as np
 import pytest
 import torch
 
-from curate import across
 from curate.config import DedupSettings, ReferenceSettings
-from curate.dedup import cells, near_vectors
+from curate.dedup import near_vectors
 from curate.dedup.components import groups
 from curate.errors import PlanError
-from tests.dedup.pool import VectorPool, Vectors, cosines, shuffled
+from tests.dedup.pool import VectorPool, Vectors, cosines, in_small_cells, planted, shuffled
 
 torch.set_num_threads(1)  # small products: threads cost more than they give on a shared machine
 
 RULE = DedupSettings(by="embedding_toy", threshold=0.9, keep="key")
-
-
-def _planted(n: int = 900, width: int = 24, dtype: str = "float16") -> Vectors:
-    """Chains of near copies, equal rows, and rows 3, 5, 7 zero, NaN, infinite."""
-    draw = np.random.default_rng(0)
-    vectors = draw.standard_normal((n, width))
-    for link in range(1, 4):
-        at = draw.permutation(n)[: n // 5]
-        vectors[at] = vectors[(at * 7 + link) % n] + 0.15 * draw.standard_normal((len(at), width))
-    equal = draw.permutation(n)[: n // 6]
-    vectors[equal] = vectors[equal[0]]
-    vectors[3], vectors[5, 0], vectors[7, 0] = 0, np.nan, np.inf
-    return vectors.astype(dtype)
-
-
-def _cells_of_a_small_pool(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Cells, partitions and chunks as a large pool has them."""
-    for module in (cells, near_vectors):
-        monkeypatch.setattr(module, "ROWS_PER_CELL", 100)
-    monkeypatch.setattr(
-        cells.train_cells, "__kwdefaults__", {**(cells.train_cells.__kwdefaults__ or {}), "rows_per_cell": 100}
-    )
-    monkeypatch.setattr(near_vectors, "ONE_CELL", 0)
-    monkeypatch.setattr(near_vectors, "PARTS", 5)
-    monkeypatch.setattr(near_vectors, "CHUNK_BYTES", 20_000)
-    monkeypatch.setattr(near_vectors, "LEAST_PER_CELL", 5)
-    monkeypatch.setattr(across, "CHUNKS", 3)
 
 
 def _components(vectors: Vectors, threshold: float, without: Sequence[int] = (), strict: bool = False) -> Any:
@@ -60,14 +32,17 @@ def _components(vectors: Vectors, threshold: float, without: Sequence[int] = (),
 @pytest.mark.parametrize("dtype", ["float16", "float32"])
 def test_one_cell_is_brute_force(tmp_path: Path, dtype: str) -> None:
     """Guards against near copies that fall on different shards, and rows without a vector that take part."""
-    vectors = _planted(dtype=dtype)
+    vectors = planted(dtype=dtype)
     pool = VectorPool(tmp_path, vectors, 130, null=range(20, 40), failed=range(60, 80))
     step, counts = pool.run(RULE)
     expected = pool.firsts(_components(vectors, 0.9, without=[*range(20, 40), *range(60, 80)]))
     assert pool.gone(step) == expected and len(expected) > 200
     assert counts["duplicate by embedding_toy"] == len(expected)
-    rows = [row for row in pool.rows(step) if row["is_duplicate"]]
-    assert all(row["duplicate_similarity"] >= np.float32(0.9) for row in rows)
+    place, true = {key: row for row, key in enumerate(pool.keys)}, cosines(vectors)
+    for row in pool.rows(step):
+        if row["is_duplicate"]:
+            similar = true[place[row["key"]], place[row["duplicate_of"]]]
+            assert row["duplicate_similarity"] == pytest.approx(similar, abs=1e-6)
     told = pool.store.get_json(f"{pool.store.folder(step.tables[0])}/_recall.json")["0:embedding_toy"]
     assert told["rate"] == 1 and told["true"] == told["found"] > 100
     assert pool.store.names("_work/duplicates") == []
@@ -77,8 +52,8 @@ def test_over_cells_and_partitions_nearly_all_and_nothing_false(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Guards against pairs lost between partitions, a recall that is not the true one, and an order that matters."""
-    _cells_of_a_small_pool(monkeypatch)
-    vectors = _planted(3_000)
+    in_small_cells(monkeypatch)
+    vectors = planted(3_000)
     pool = VectorPool(tmp_path / "a", vectors, 130)
     step, _ = pool.run(RULE)
     found, exact = pool.gone(step), pool.firsts(_components(vectors, 0.9))
@@ -92,8 +67,8 @@ def test_over_cells_and_partitions_nearly_all_and_nothing_false(
 
 def test_killed_anywhere_and_run_again_gives_the_same(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Guards against intermediate files that a kill leaves half, or that a second run counts twice."""
-    _cells_of_a_small_pool(monkeypatch)
-    vectors = _planted(450)
+    in_small_cells(monkeypatch)
+    vectors = planted(450)
     np.save(tmp_path / "eval.npy", vectors[::90].astype(np.float32))
     set_ = ReferenceSettings(name="eval", embeddings=str(tmp_path / "eval.npy"), threshold=0.8)
     rules = [RULE, DedupSettings(by="embedding_toy", within=False, against=[set_])]
@@ -120,7 +95,7 @@ def test_killed_anywhere_and_run_again_gives_the_same(tmp_path: Path, monkeypatc
 def test_dinov2_form_is_the_published_one(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """k nearest, edges above 0.6, components (arXiv 2304.07193, App. A.3), restated; copies are folded, not counted."""
     monkeypatch.setattr(near_vectors, "CHUNK_BYTES", 20_000)
-    vectors = _planted(500, width=8)
+    vectors = planted(500, width=8)
     matrix = cosines(vectors)
     np.fill_diagonal(matrix, -2)
     for neighbours in (1, 3, 64):
@@ -137,7 +112,7 @@ def test_dinov2_form_is_the_published_one(tmp_path: Path, monkeypatch: pytest.Mo
 def test_semdedup_form_is_the_published_one(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, eps: float) -> None:
     """Cells, farthest first, upper triangle, largest cosine above 1 - eps (arXiv 2303.09540, A7), restated."""
     monkeypatch.setattr(near_vectors, "CHUNK_BYTES", 20_000)
-    vectors = _planted(600, width=8, dtype="float32")
+    vectors = planted(600, width=8, dtype="float32")
     seen: dict[str, Any] = {}
     train = near_vectors._train
 
@@ -169,9 +144,9 @@ def test_semdedup_form_is_the_published_one(tmp_path: Path, monkeypatch: pytest.
 @pytest.mark.parametrize("match", ["component", "direct"])
 def test_what_touches_a_reference_goes(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, match: Any) -> None:
     """DINOv2's relative dedup: rows whose component holds an evaluation image, and which image it is."""
-    _cells_of_a_small_pool(monkeypatch)
+    in_small_cells(monkeypatch)
     monkeypatch.setattr(near_vectors, "ONE_CELL", 1_000)
-    vectors = _planted(800)
+    vectors = planted(800)
     wanted = [row for row in range(0, 800, 50) if np.isfinite(vectors[row].astype(np.float64)).all()]
     evaluation = vectors[wanted] + np.float16(0.05)
     np.savez(tmp_path / "eval.npz", vectors=evaluation, ids=np.array([f"val/{row}.jpg" for row in wanted]))
@@ -216,7 +191,7 @@ def test_half_of_all_rows_one_image_costs_no_memory(tmp_path: Path) -> None:
 
 def test_wrong_settings_fail_in_the_plan(tmp_path: Path) -> None:
     """Guards against a typo that is found after the fetch."""
-    pool = VectorPool(tmp_path, _planted(20), 10)
+    pool = VectorPool(tmp_path, planted(20), 10)
     np.save(tmp_path / "narrow.npy", np.ones((3, 5), np.float32))
     narrow = ReferenceSettings(name="val", embeddings=str(tmp_path / "narrow.npy"), threshold=0.5)
     missing = ReferenceSettings(name="val", embeddings=str(tmp_path / "none.npy"), threshold=0.5)

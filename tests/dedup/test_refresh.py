@@ -1,0 +1,142 @@
+"""New shards are compared with all, old pairs are not compared again, and the table is that of a run from scratch."""
+
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from curate.config import DedupSettings
+from curate.dedup import near_hashes, near_vectors
+from curate.dedup.known import FOLDER
+from tests.dedup.pool import VectorPool, Vectors, in_small_cells, planted, shuffled
+
+VECTORS = DedupSettings(by="embedding_toy", threshold=0.9, keep="key")
+HASHES = DedupSettings(by="image_phash", radius=3, keep="key")
+EQUAL = DedupSettings(by="image_phash", keep="width DESC, key")
+
+
+def _hashes(vectors: Vectors, seed: int = 3) -> list[str]:
+    """Random ones, of which a third are a few bits off or equal to others."""
+    draw = np.random.default_rng(seed)
+    values = [int(value) for value in draw.integers(0, 1 << 63, len(vectors), dtype=np.uint64)]
+    for row in draw.permutation(len(values))[: len(values) // 3]:
+        values[row] = values[draw.integers(len(values))]
+        for bit in draw.integers(0, 64, draw.integers(0, 4)):
+            values[row] ^= 1 << int(bit)
+    return [f"{value:016x}" for value in values]
+
+
+def _files(pool: VectorPool, folder: str) -> dict[str, bytes]:
+    """Every Parquet file of a table."""
+    root = Path(pool.store.full(folder))
+    return {str(path.relative_to(root)): path.read_bytes() for path in sorted(root.rglob("*.parquet"))}
+
+
+@pytest.mark.parametrize("rule", [VECTORS, HASHES], ids=["vectors", "hashes"])
+def test_only_pairs_with_a_new_row_are_compared(tmp_path: Path, rule: DedupSettings) -> None:
+    """Guards against a refresh that costs as much as the first run."""
+    draw = np.random.default_rng(0)
+    vectors = draw.standard_normal((500, 16)).astype(np.float32)
+    hashes = [f"{value:016x}" for value in draw.integers(0, 1 << 63, 500, dtype=np.uint64)]
+    told = []
+    for rows in (300, 300, 400, 500):
+        pool = VectorPool(tmp_path, vectors[:rows], 50, hashes=hashes[:rows])
+        other = rule if rows < 500 else rule.model_copy(update={"keep": "width, key"})
+        _, counts = pool.run(other, map_items=shuffled)
+        told.append(counts[f"{rule.by}: pairs compared"])
+    # from scratch; with nothing new, and a table made again; 100 new rows; 100 more, and another order of keeping
+    assert told == [300 * 299 // 2, 0, 100 * 99 // 2 + 100 * 300, 100 * 99 // 2 + 100 * 400]
+
+
+@pytest.mark.parametrize("cells", [False, True], ids=["one task", "cells and tables"])
+@pytest.mark.parametrize("rule", [VECTORS, HASHES], ids=["vectors", "hashes"])
+def test_the_table_is_the_same_whatever_the_history(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, rule: DedupSettings, cells: bool
+) -> None:
+    """Guards against groups that depend on when a shard came; the cells last while the pool does not double."""
+    if cells:
+        in_small_cells(monkeypatch)
+        monkeypatch.setattr(near_hashes, "ROWS_PER_TASK", 100)
+        monkeypatch.setattr(near_hashes, "SHARDS_PER_CHUNK", 2)
+    vectors = planted(1_000)
+    hashes = _hashes(vectors)
+    compared = []
+    for rows in (550, 750, 1_000):
+        grown = VectorPool(tmp_path / "grown", vectors[:rows], 50, hashes=hashes[:rows])
+        step, counts = grown.run(rule)
+        compared.append(counts[f"{rule.by}: pairs compared"])
+    scratch = VectorPool(tmp_path / "scratch", vectors, 50, hashes=hashes)
+    again, counts = scratch.run(rule)
+    folder = scratch.store.folder(again.tables[0])
+    assert grown.store.folder(step.tables[0]) == folder
+    assert _files(grown, folder) == _files(scratch, folder)
+    assert sum(row["is_duplicate"] for row in scratch.rows(again)) > 100
+    if cells or rule is VECTORS:  # few hashes are compared all with all where that is quicker than tables
+        assert compared[2] < 0.6 * counts[f"{rule.by}: pairs compared"]
+    assert _names(grown) == _names(scratch)  # nothing of older runs is kept
+
+
+def _names(pool: VectorPool) -> list[str]:
+    root = Path(pool.store.full(FOLDER))
+    return sorted(str(path.relative_to(root)) for path in root.rglob("*") if path.is_file())
+
+
+@pytest.mark.parametrize("rule", [VECTORS, HASHES], ids=["vectors", "hashes"])
+def test_a_group_that_lost_a_row_may_fall_apart(tmp_path: Path, rule: DedupSettings) -> None:
+    """Guards against old copies that hang together by a row which another rule has removed since, or a shard gone."""
+    angles = np.radians([0, 20, 40, 60, 80, 180])  # each within 0.9 of the next only
+    vectors = np.stack([np.cos(angles), np.sin(angles)], axis=1).astype(np.float32)
+    chain = [0b0, 0b11, 0b1111, 0b111111, 0b11111111, 0xFFFF << 40]
+    hashes = [f"{value:016x}" for value in chain]
+    first = VectorPool(tmp_path / "grown", vectors, 2, hashes=hashes)
+    step, _ = first.run(rule)
+    assert len(first.gone(step)) == 4
+    without = [shard for shard in first.shards if shard.name != "0001"]
+    first.shards, first.keys = without, [*first.keys[:2], *first.keys[4:]]
+    less, _ = first.run(rule)
+    assert set(first.gone(less)) == {max(first.keys[:2])}  # rows 0 and 1 are near; 4 is alone now
+    back = VectorPool(tmp_path / "grown", vectors, 2, hashes=hashes)
+    assert back.rows(back.run(rule)[0]) == back.rows(step)
+
+
+def test_rows_that_an_earlier_rule_removes_later_leave_their_group(tmp_path: Path) -> None:
+    """Guards against a chain of copies over a row that a new shard's better copy has replaced."""
+    angles = np.radians([0, 20, 40, 40, 180])
+    vectors = np.stack([np.cos(angles), np.sin(angles)], axis=1).astype(np.float32)
+    hashes = [f"{value:016x}" for value in (1, 2, 3, 2, 4)]  # the fourth, new, has the second's hash
+    rules = [EQUAL, VECTORS]
+    keys = VectorPool(tmp_path / "keys", vectors, 3, hashes=hashes).keys
+    order = "CASE key " + " ".join(
+        f"WHEN '{key}' THEN {place}" for key, place in zip(keys, (2, 1, 3, 0, 4), strict=True)
+    )
+    rules[0] = EQUAL.model_copy(update={"keep": f"{order} END"})
+    small = VectorPool(tmp_path / "grown", vectors[:3], 3, hashes=hashes[:3])
+    assert len(small.gone(small.run(*rules)[0])) == 2
+    grown = VectorPool(tmp_path / "grown", vectors, 3, hashes=hashes)
+    scratch = VectorPool(tmp_path / "scratch", vectors, 3, hashes=hashes)
+    found = grown.rows(grown.run(*rules)[0])
+    assert found == scratch.rows(scratch.run(*rules)[0])
+    assert [row["duplicate_kind"] for row in found][:2] == [None, "image_phash"]  # the first is alone now
+
+
+def test_a_killed_refresh_goes_on(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Guards against a run that, killed and begun again, starts from another earlier run or from half of one."""
+    monkeypatch.setattr(near_vectors, "CHUNK_BYTES", 20_000)
+    vectors = planted(400)
+    scratch = VectorPool(tmp_path / "scratch", vectors, 50)
+    expected = scratch.rows(scratch.run(VECTORS)[0])
+    for limit in (1, 3, 6, 10, 15, 22, 30):
+        VectorPool(tmp_path / f"{limit}", vectors[:300], 50).run(VECTORS)
+        pool = VectorPool(tmp_path / f"{limit}", vectors, 50)
+        left = [limit]
+
+        def mortal(function, items, left=left):  # type: ignore[no-untyped-def]
+            for item in items:
+                left[0] -= 1
+                if left[0] < 0:
+                    raise KeyboardInterrupt
+                yield function(item)
+
+        with pytest.raises(KeyboardInterrupt):
+            pool.run(VECTORS, map_items=mortal)
+        assert pool.rows(pool.run(VECTORS)[0]) == expected
