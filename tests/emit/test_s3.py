@@ -10,7 +10,8 @@ from curate.emit.takeback import Lists, take_back
 from curate.emit.verify import verify_release
 from curate.errors import ReleaseError
 from curate.store import Store
-from tests.emit.pool import IMAGES, SCORES, emitter, make_pool, recipe_with, run
+from tests.emit.nursery import nursery
+from tests.emit.pool import IMAGES, SAMPLES, SCORES, emitter, make_pool, recipe_with, run
 
 
 def test_same_release_on_s3_with_few_requests(s3_bucket: str, tmp_path: Path) -> None:
@@ -60,3 +61,30 @@ def test_take_back_on_s3(s3_bucket: str) -> None:
     assert step.done(store, shards)
     with pytest.raises(ReleaseError, match=f"withdrawn: .* use {new}"):
         ReleaseDataset(store.url(f"releases/{old}"), "good")
+
+
+def test_killed_and_doubled_runs_on_s3_leave_whole_releases(s3_bucket: str, tmp_path: Path) -> None:
+    """Guards against a release that is seen before it is whole where nothing can be renamed, and against a mix."""
+    subsets, settings = {"good": {"where": "score > 0.2"}}, {"samples_per_shard": 10}
+    whole = Store(str(tmp_path))
+    run(
+        emitter(whole, make_pool(whole, shards=2, rows=30), recipe_with(subsets, **settings)),
+        whole,
+        whole.shards(SAMPLES),
+    )
+    expected = whole.get_bytes(f"releases/{latest_release(whole)}/release.json")
+    store = Store(f"{s3_bucket}/killed")
+    make_pool(store, shards=2, rows=30)
+    order = ["emit", store.root, subsets, settings]
+    with nursery() as forks:
+        for kill_s in (0.4, 0.7, 1.0):
+            forks.do(order, kill_s=kill_s)
+            for name in store.names("releases"):
+                if store.exists(f"releases/{name}/release.json"):
+                    verify_release(store.root, name)
+        assert [code for code, _ in forks.do(order, order)] == [0, 0]
+    names = [name for name in store.names("releases") if name != "latest"]
+    assert [store.get_bytes(f"releases/{name}/release.json") for name in names] == [expected] * len(names)
+    assert latest_release(store) in names and store.names("_work/emit") == []
+    for name in names:
+        assert verify_release(store.root, name).samples > 0
