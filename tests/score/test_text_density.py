@@ -61,13 +61,13 @@ def test_regions_lie_on_the_text(detector: TextDetector) -> None:
 
 
 def test_small_letters_survive_storing_at_512(detector: TextDetector) -> None:
-    """Pools hold pictures of 512 pixels; a page whose letters are then 5 pixels high must still be a page."""
-    large = paper(1024, 1024)
-    for line in range(30):
-        cv2.putText(large, "small letters of a long page", (60, 60 + 32 * line), 0, 0.55, (0, 0, 0), 1, cv2.LINE_AA)
+    """Pools hold pictures of 512 pixels; letters that are then 4 pixels high must still be found (0.974 if not)."""
+    large = paper(1280, 1280)
+    for place in range(60, 1240, 24):
+        cv2.putText(large, "small letters of a long page " * 2, (60, place), 0, 0.4, (0, 0, 0), 1, cv2.LINE_AA)
     stored = cv2.resize(large, (512, 512), interpolation=cv2.INTER_AREA)
     whole, small = detector([large])["text_density"][0], detector([stored])["text_density"][0]
-    assert whole > 0.8 and small > 0.9 * whole
+    assert whole > 0.85 and small > 0.98 * whole
 
 
 def test_one_region_over_everything_does_not_count(tmp_path: Path) -> None:
