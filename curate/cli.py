@@ -1,7 +1,6 @@
 """The `curate` command: thin words over what the floors below do. Every error says what to do next."""
 
 import importlib
-import pkgutil
 import sys
 import traceback
 from collections.abc import Callable
@@ -15,11 +14,13 @@ from rich.markup import escape
 from rich.table import Table
 
 from curate.catalog import find_sample, locate_sample, open_catalog, views_of
+from curate.cli_pipeline import find_pipeline
 from curate.cli_release import export, latest, remove, verify
 from curate.config import Recipe, load_recipe, parse_recipe
 from curate.engine.job import PLAN, Job, unpack_spec
 from curate.errors import ConfigError, CurateError, PlanError, StoreError, WeightsError
 from curate.metrics import Ticker, progress
+from curate.report.cost import load_rates, print_estimate
 from curate.report.recipes import print_recipes
 from curate.report.terminal import complain, print_funnel, print_plan, print_release, print_sample, printable, shown
 from curate.rows import SAMPLES
@@ -94,12 +95,25 @@ def run(
 
 @app.command()
 @guarded
-def plan(recipe: RecipeFile, overrides: Overrides = None) -> None:
+def plan(
+    recipe: RecipeFile,
+    overrides: Overrides = None,
+    rows: Annotated[
+        float | None,
+        typer.Option(help="Only estimate shards, core- and GPU-hours and storage for so many, e.g. 1.2e9."),
+    ] = None,
+) -> None:
     """Check a recipe and print what a run would do, without running anything.
 
-    Settings, columns, expressions, weights and storage are checked; what is wrong is named with the key.
+    Settings, columns, expressions, weights and storage are checked; what is wrong is named with the key. With `--rows`
+    neither sources nor weights need to be here: measured rates are multiplied (curate/report/rates.yaml).
     """
     settings = _recipe(recipe, overrides, None)
+    if rows is not None:
+        if not 1 <= rows < 1e15:
+            raise ConfigError(f"--rows {rows}: expected a number of rows, e.g. 1.2e9")
+        print_estimate(out, settings, rows, load_rates())
+        return
     job = _go(settings, dry=True)
     print_plan(out, job)
     for name, cause in job.set_aside.items():
@@ -129,8 +143,10 @@ def status(where: Annotated[str, typer.Argument(help="Recipe file or root of a r
 def explain(
     sample: Annotated[str, typer.Argument(help="The key of a sample, or its URL.", metavar="KEY-or-URL")],
     root: Root,
+    html: Annotated[Path | None, typer.Option("--html", help="Write the copies' pictures to this page.")] = None,
 ) -> None:
-    """Everything known of one sample: all its columns, and for each subset the first clause that refused it."""
+    """Everything known of one sample: its columns, its copies, and for each subset the first clause that refused it."""
+    from curate.report.copies import TABLE, group_of, print_copies, write_group  # noqa: PLC0415  # pictures: only here
     from curate.select.step import explain_row  # noqa: PLC0415  # only here
 
     store, tables, note = _opened(root)
@@ -143,6 +159,11 @@ def explain(
         for key in keys:
             shard, row = locate_sample(store, connection, tables[0], key)
             print_sample(out, store, tables, shard, row)
+            members = group_of(connection, key) if {TABLE, "rows"} <= set(views_of(connection)) else []
+            print_copies(out, members)
+            if html is not None:
+                html.write_text(write_group(store, key, members), encoding="utf-8")
+                out.print(f"wrote {html}", markup=False)
             for verdict in explain_row(store, tables, recipe.subsets, shard, row):
                 out.print(verdict, markup=False, soft_wrap=True)
 
@@ -321,20 +342,11 @@ def _go(recipe: Recipe, *, dry: bool = False, retry: set[str] | None = None) -> 
     retry = retry or set()
     job = Job(recipe, dry=dry, retry=frozenset(retry))
     try:
-        _pipeline(recipe.pipeline)(job)
+        find_pipeline(recipe.pipeline)(job)
         (job.check_workers if dry else job.note)()
     finally:
         job.close()
     return job
-
-
-def _pipeline(name: str) -> Callable[[Job], None]:
-    package = importlib.import_module("pipelines")
-    known = sorted(module.name for module in pkgutil.iter_modules(package.__path__))
-    if name not in known:
-        raise ConfigError(f"pipeline: {name!r} is not one of {', '.join(known)}")
-    chosen: Callable[[Job], None] = importlib.import_module(f"pipelines.{name}").run
-    return chosen
 
 
 def _recipe(path: Path, overrides: list[str] | None, engine: str | None) -> Recipe:
