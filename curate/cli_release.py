@@ -29,6 +29,7 @@ class Form(StrEnum):
     entries = "entries"
     croissant = "croissant"
     datasets = "datasets"
+    metaclip = "metaclip"
 
 
 def verify(release: Release) -> None:

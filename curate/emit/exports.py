@@ -1,4 +1,5 @@
-"""A release in the forms that other tools read: tables, lists of ids, byte-range indices. Pixels are never copied.
+"""A release in the forms that other tools read: tables, lists of ids, byte-range indices. Pixels are never copied,
+but for MetaCLIP's layout.
 
 Each export reads `manifest.parquet` a tar at a time and writes below a folder of this machine. Columns that a form has
 and the release lacks are null; nothing is made up. Sources of the forms: RECIPES 9 (COYO), 10 (LAION), 11 (DataComp),
@@ -15,6 +16,7 @@ import pyarrow.parquet as pq
 
 from curate.emit.croissant import export_croissant
 from curate.emit.hub import export_datasets
+from curate.emit.metaclip import export_metaclip
 from curate.emit.verify import refuse_withdrawn
 from curate.errors import PlanError, ReleaseError
 from curate.store import Store
@@ -134,6 +136,7 @@ EXPORTS: Mapping[str, Callable[[str, str, Path], Path]] = {
     "entries": export_entries,
     "croissant": export_croissant,
     "datasets": export_datasets,
+    "metaclip": export_metaclip,
 }
 
 
