@@ -62,7 +62,7 @@ class FetchSettings(Settings):
     min_image_size: Annotated[int, Field(ge=0)] = 0  # pixels, the shorter side
     max_aspect_ratio: Annotated[float, Field(gt=0)] | None = None
     max_bytes: Positive = 50_000_000  # of one body
-    max_pixels: Positive = 100_000_000  # by the header, before decoding
+    max_pixels: Positive = 50_000_000  # by the header; a decoder needs up to 22 bytes for each (WebP), 4 for JPEG
     contact: str | None = None  # mail address or page in the User-Agent; required beyond loopback
     timeout_s: Annotated[float, Field(gt=0)] = 10.0  # of the whole transfer
     retries: Annotated[int, Field(ge=0)] = 2

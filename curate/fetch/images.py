@@ -39,7 +39,7 @@ class ImageSettings:
     strip_metadata: bool = True
     min_image_size: int = 0
     max_aspect_ratio: float | None = None
-    max_pixels: int = 100_000_000
+    max_pixels: int = 50_000_000
     with_phash: bool = False
 
 

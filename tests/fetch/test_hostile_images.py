@@ -22,6 +22,11 @@ from tests.fetch.conftest import encoded, scene
 
 SETTINGS = ImageSettings(64, max_pixels=50_000_000)
 BROKEN = ("decode_error", "not_image", "too_many_pixels", "ok")  # a flipped bit may leave a picture
+DAMAGE = {  # and what may come of it
+    "cut": ("decode_error",), "changed": BROKEN, "changed header": BROKEN,
+    "removed": ("decode_error", "too_many_pixels", "ok"), "repeated": ("decode_error", "ok"),
+}  # fmt: skip
+WHOLE_WHEN_CUT = ("animation", "palette")  # the cut lies behind the first frame, or in a chunk that nobody needs
 Files = list[tuple[str, bytes, tuple[str, ...]]]
 
 
@@ -151,22 +156,23 @@ def mutants() -> Files:
         for seed in range(26):
             rng = random.Random(f"{kind}{seed}")
             changed = bytearray(data)
-            how = seed % 5
-            if how == 0:
+            how = list(DAMAGE)[seed % len(DAMAGE)]
+            if how == "cut":
                 changed = changed[: rng.randrange(4, len(changed))]
-            elif how == 1:
+            elif how == "changed":
                 for _ in range(rng.randrange(1, 20)):
                     changed[rng.randrange(4, len(changed))] = rng.randrange(256)
-            elif how == 2:  # the header, where sizes and offsets are
+            elif how == "changed header":  # where sizes and offsets are
                 for _ in range(rng.randrange(1, 6)):
                     changed[rng.randrange(4, min(64, len(changed)))] = rng.choice((0, 1, 0x7F, 0x80, 0xFF))
-            elif how == 3:
+            elif how == "removed":
                 at = rng.randrange(4, len(changed))
                 del changed[at : at + rng.randrange(1, 40)]
             else:
                 at = rng.randrange(4, len(changed))
                 changed[at:at] = changed[at : at + 200] * rng.randrange(1, 5)
-            files.append((f"{kind} {seed}", bytes(changed), BROKEN))
+            whole = ("ok",) if how == "cut" and kind in WHOLE_WHEN_CUT else ()
+            files.append((f"{kind} {how} {seed}", bytes(changed), (*DAMAGE[how], *whole)))
     return files
 
 
