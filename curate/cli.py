@@ -20,6 +20,7 @@ from curate.config import Recipe, load_recipe, parse_recipe
 from curate.engine.job import PLAN, Job, unpack_spec
 from curate.errors import ConfigError, CurateError, PlanError, StoreError, WeightsError
 from curate.metrics import Ticker, progress
+from curate.removed import unfinished
 from curate.report.cost import load_rates, print_estimate
 from curate.report.recipes import print_recipes
 from curate.report.terminal import complain, print_funnel, print_plan, print_release, print_sample, printable, shown
@@ -134,6 +135,9 @@ def status(where: Annotated[str, typer.Argument(help="Recipe file or root of a r
     print_funnel(out, store, tables, shards)
     for name, cause in note["set_aside"].items():
         out.print(f"set aside: {name}: {cause}", markup=False)
+    for number in unfinished(store):
+        words = f"removal {number} is not finished; if none is at work, this finishes it: curate remove {store.root}"
+        out.print(words, markup=False, soft_wrap=True)
     newest = latest(store)
     out.print(f"latest release: {store.url('releases/' + newest) if newest else 'none'}", markup=False, soft_wrap=True)
 

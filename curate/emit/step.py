@@ -286,7 +286,7 @@ def _sweep(store: Store) -> None:
     published = {note["fingerprint"] for note in notes if note is not None}
     for name in store.names("_work/emit"):
         if name in published or _is_old(store, f"_work/emit/{name}"):
-            store.remove_tree(f"_work/emit/{name}")
+            _clear(store, f"_work/emit/{name}")
     for name in store.names(RELEASES):  # on an object store they grow in their place
         whole = name == "latest" or store.exists(f"{RELEASES}/{name}/{NOTE}")
         if not whole and _is_old(store, f"{RELEASES}/{name}"):
@@ -295,7 +295,10 @@ def _sweep(store: Store) -> None:
 
 def _is_old(store: Store, folder: str) -> bool:
     """Whether nothing in a folder was written for a day; False where the store does not tell."""
-    times = [written_at(info) for info in store.fs.find(store.full(folder), detail=True).values()]
+    try:
+        times = [written_at(info) for info in store.fs.find(store.full(folder), detail=True).values()]
+    except FileNotFoundError:  # another run has just renamed what was listed
+        return False
     return bool(times) and time.time() - max(times) > DAY_S
 
 

@@ -7,8 +7,9 @@ from typer.testing import CliRunner
 
 from curate.cli import app
 from curate.emit.step import latest_release
+from curate.engine.job import pack_spec
 from curate.store import Store
-from tests.emit.pool import emitter, make_pool, recipe_with, run
+from tests.emit.pool import SAMPLES, emitter, make_pool, recipe_with, run
 
 
 def test_remove_and_export(tmp_path: Path) -> None:
@@ -38,3 +39,15 @@ def test_what_cannot_be_done_is_said(tmp_path: Path, words: list[str]) -> None:
     shards = make_pool(store, shards=1)
     run(emitter(store, shards, recipe_with({"all": {}})), store, shards)
     assert CliRunner().invoke(app, [store.root if word == "ROOT" else word for word in words]).exit_code == 2
+
+
+def test_status_tells_of_a_killed_removal(tmp_path: Path) -> None:
+    """Guards against pictures that stay for months because nobody knew that a removal was cut short."""
+    store = Store(str(tmp_path))
+    make_pool(store, shards=1)
+    store.put_json("plan.json", {"tables": [pack_spec(SAMPLES)], "set_aside": {}})
+    store.put_json("_removed/000000-abc/tombstones.json", {"domains": ["host-0.example"]})
+    told = CliRunner().invoke(app, ["status", store.root])
+    assert told.exit_code == 0 and "removal 000000-abc is not finished" in told.output
+    assert CliRunner().invoke(app, ["remove", store.root]).exit_code == 0
+    assert "removal" not in CliRunner().invoke(app, ["status", store.root]).output
