@@ -114,7 +114,8 @@ class ClipScorer(ImageScorer[Pair]):
     def prepare(self, picture: Picture, text: str | None) -> Pair:
         """Resize and tokenize, on a CPU thread; models of one size share the resize."""
         model, exact = self.model, self.settings.preprocess == "exact"
-        pixels = picture.once(model.resize_name, lambda: model.pixels(picture.rgb)) if exact else picture.pixels
+        resize = model.pixels
+        pixels = picture.once(resize.name, lambda: resize.resized(picture.rgb)) if exact else picture.pixels
         if text is None or text in self._texts:
             return Pair(pixels, text, None)
         return Pair(pixels, text, self.model.tokens(text))

@@ -1,7 +1,5 @@
 """An open_clip model loaded: pixels and tokens in, unit vectors out.
 
-`exact` runs open_clip's own preprocess up to its ToTensor on the CPU and the rest, the same arithmetic, on the device
-in one go, so that pixels cross the bus as bytes. `fast` moves the decoded picture and resizes there (antialiased).
 Mixed precision on a GPU only; vectors are normalised, and cosines taken, in float32. No gradient, no pickle.
 """
 
@@ -14,12 +12,11 @@ import numpy as np
 import numpy.typing as npt
 import open_clip
 import torch
-from PIL import Image
 from torch.nn import functional
 from torchvision import transforms
 
-from curate.errors import PlanError
 from curate.score.clip_source import ClipSource
+from curate.score.pixels import Mode, Pixels, moved
 from curate.score.scorer import Device
 
 DTYPES = {"fp16": torch.float16, "bf16": torch.bfloat16}
@@ -42,37 +39,17 @@ class ClipModel:
             self._model = self._model.to(memory_format=torch.channels_last)
         self._tokenizer = tokenizer
         self._tokenizing = Lock()  # tokenizers of the hub refuse a second thread ("Already borrowed")
-        steps = list(preprocess.transforms)
-        at = next(number for number, step in enumerate(steps) if isinstance(step, transforms.ToTensor))
-        normalize = steps[-1]
-        if at != len(steps) - 2 or not isinstance(normalize, transforms.Normalize):
-            raise PlanError(f"unexpected preprocessing of open_clip: {preprocess}")
-        self._resize = transforms.Compose(steps[:at])
-        self._steps = steps[:at]
-        self.resize_name = str(self._resize)  # equal where two models see the same pixels
-        self._mean = torch.tensor(normalize.mean, device=self._device).view(1, 3, 1, 1)
-        self._std = torch.tensor(normalize.std, device=self._device).view(1, 3, 1, 1)
-
-    def pixels(self, image: Image.Image) -> Uint8:
-        """open_clip's resize and crop of an RGB image: uint8 [h, w, 3]."""
-        return np.asarray(self._resize(image))
+        self.pixels = Pixels(preprocess, device.name)
 
     def tokens(self, text: str) -> npt.NDArray[np.int64]:
         """Token numbers, int64 [context]."""
         with self._tokenizing:
             return cast(npt.NDArray[np.int64], self._tokenizer([text])[0].numpy())
 
-    def embed_images(self, pixels: Sequence[Uint8], preprocess: str) -> Float32:
-        """Unit vectors float32 [N, d] of pictures as `pixels` gives them (exact) or of any size (fast)."""
-        if preprocess == "exact":
-            batch = self._to_device(torch.from_numpy(np.stack(pixels))).permute(0, 3, 1, 2)
-        else:
-            batch = torch.stack([self._resize_on_device(picture) for picture in pixels])
+    def embed_images(self, pictures: Sequence[Uint8], mode: Mode) -> Float32:
+        """Unit vectors float32 [N, d] of pictures as `Pixels.batch` takes them."""
         with torch.inference_mode():
-            # torchvision's ToTensor and Normalize, in their order, so that float32 results have the same bits.
-            batch = batch.contiguous().to(torch.float32).div(255).sub_(self._mean).div_(self._std)
-            if self._dtype is not None:
-                batch = batch.contiguous(memory_format=torch.channels_last)
+            batch = self.pixels.batch(pictures, mode)
             with self._autocast():
                 features = self._model.encode_image(batch)
             return _unit(features)
@@ -82,7 +59,7 @@ class ClipModel:
         parts = []
         with torch.inference_mode():
             for start in range(0, len(tokens), TEXT_BATCH):
-                batch = self._to_device(torch.from_numpy(tokens[start : start + TEXT_BATCH]))
+                batch = moved(torch.from_numpy(tokens[start : start + TEXT_BATCH]), self._device)
                 with self._autocast():
                     parts.append(_unit(self._model.encode_text(batch)))
         return np.concatenate(parts)
@@ -100,37 +77,6 @@ class ClipModel:
     def _autocast(self) -> torch.autocast:
         on = self._dtype is not None
         return torch.autocast(self._device.type, dtype=self._dtype, enabled=on)
-
-    def _to_device(self, batch: torch.Tensor) -> torch.Tensor:
-        if self._device.type == "cpu":
-            return batch
-        return batch.pin_memory().to(self._device, non_blocking=True)
-
-    def _resize_on_device(self, picture: Uint8) -> torch.Tensor:
-        """uint8 [3, h, w] by the same steps as `pixels`, on the device's antialiased kernels."""
-        image = self._to_device(torch.from_numpy(np.array(picture))).permute(2, 0, 1)
-        for step in self._steps:
-            if isinstance(step, transforms.Resize):
-                image = _resized(image, step)
-            elif isinstance(step, transforms.CenterCrop):
-                image = step(image)
-            elif type(step).__name__ != "MaybeConvertMode":  # the picture is RGB already
-                raise PlanError(f"preprocess: fast cannot do {type(step).__name__}; use preprocess: exact")
-        return image
-
-
-def _resized(image: torch.Tensor, step: transforms.Resize) -> torch.Tensor:
-    """torchvision's Resize of uint8 [3, h, w], rounded to uint8 again as Pillow does."""
-    height, width = image.shape[1:]
-    if isinstance(step.size, int) or len(step.size) == 1:
-        short = step.size if isinstance(step.size, int) else step.size[0]
-        long = int(short * max(height, width) / min(height, width))
-        size = [short, long] if height <= width else [long, short]
-    else:
-        size = list(step.size)
-    mode = "bicubic" if step.interpolation == transforms.InterpolationMode.BICUBIC else "bilinear"
-    wide = functional.interpolate(image[None].float(), size=size, mode=mode, antialias=True, align_corners=False)
-    return wide[0].round_().clamp_(0, 255).to(torch.uint8)
 
 
 def _unit(features: torch.Tensor) -> Float32:

@@ -21,6 +21,7 @@ from torch.nn import functional
 
 from curate.errors import WeightsError
 from curate.score.canvas import Float32, Uint8, as_rgb
+from curate.score.pixels import mixed, moved
 
 BGR_MEAN = (104.0, 117.0, 123.0)
 RESIZED, CROPPED = 256, 224
@@ -151,8 +152,9 @@ class OpenNsfw:
         """The column of crops that `crop` made; a score that is not finite is NaN, no value."""
         scores = [np.zeros(0, dtype=np.float32)]
         for start in range(0, len(crops), self._batch_size):
-            batch = torch.from_numpy(np.stack(crops[start : start + self._batch_size])).to(self._device)
-            with torch.inference_mode():
+            pixels = torch.from_numpy(np.stack(crops[start : start + self._batch_size]))
+            batch = moved(pixels, torch.device(self._device))
+            with torch.inference_mode(), mixed(self._device):
                 scores.append(self._net(normalise(batch))[:, 1].float().cpu().numpy())
         return {"nsfw_score_opennsfw2": np.concatenate(scores)}
 

@@ -64,8 +64,8 @@ class VisionScorer(ImageScorer[Float32]):
         self._model = None
 
     def prepare(self, picture: Picture, text: str | None) -> Float32 | Unscorable:
-        """float32 [3, h, w], as the network takes it."""
-        return self._loaded().prepare(picture.rgb)
+        """As the network takes it."""
+        return self._loaded().prepare(picture)
 
     def score(self, prepared: Sequence[Float32]) -> Mapping[str, Values]:
         """One row of numbers an image."""
@@ -148,7 +148,13 @@ class HfEmbedScorer(VisionScorer):
         return open_hf_embedder(self.model.source, device)
 
 
-class TimmClassifierSettings(ModelSettings):
+class PreprocessSettings(ModelSettings):
+    """`preprocess`: the library's own transform, or one resize on the device."""
+
+    preprocess: Literal["exact", "fast"] = "exact"
+
+
+class TimmClassifierSettings(PreprocessSettings):
     """`model`: timm's name; `weights`: a file (safetensors, or .pth of tensors); `labels` in the model's order."""
 
     model: str
@@ -156,7 +162,7 @@ class TimmClassifierSettings(ModelSettings):
     labels: Annotated[list[str], Field(min_length=2)]
 
 
-class TimmEmbedSettings(ModelSettings):
+class TimmEmbedSettings(PreprocessSettings):
     """`model`: timm's name; `weights`: a file; `width`: length of its features."""
 
     model: str
@@ -171,7 +177,7 @@ class TimmScorer(VisionScorer):
 
     def __init__(self, name: str, settings: TimmClassifierSettings | TimmEmbedSettings) -> None:
         super().__init__(name, settings)
-        self._name = settings.model
+        self._name, self._preprocess = settings.model, settings.preprocess
         self._weights = WeightRef(f"score.{name}.weights", settings.weights)
         if isinstance(settings, TimmClassifierSettings):
             self.labels = column_names(settings.labels)
@@ -180,7 +186,7 @@ class TimmScorer(VisionScorer):
 
     def identity(self) -> Mapping[str, Any]:
         """Architecture, and weights by content."""
-        return {"model": self._name, "weights": self._weights.sha256}
+        return {"model": self._name, "weights": self._weights.sha256, "preprocess": self._preprocess}
 
     def check(self) -> None:
         """Raises WeightsError."""
@@ -190,7 +196,7 @@ class TimmScorer(VisionScorer):
         """Softmax, or unit features."""
         from curate.score.vision_models import open_timm  # noqa: PLC0415  # torch: on workers only
 
-        return open_timm(self._name, self._weights.path(), len(self.labels or ()), device)
+        return open_timm(self._name, self._weights.path(), len(self.labels or ()), self._preprocess, device)
 
 
 class TimmEmbedScorer(TimmScorer):
@@ -210,7 +216,7 @@ class FileSettings(ModelSettings):
     std: Triple = IMAGENET_STD
 
 
-class TorchScriptSettings(FileSettings):
+class TorchScriptSettings(FileSettings, PreprocessSettings):
     """Defaults are SSCD's batched form, 320 x 320 (RECIPES 3)."""
 
     weights: str = "sscd-disc-mixup"
@@ -259,11 +265,15 @@ class TorchScriptEmbedScorer(FileScorer):
 
     settings_type: ClassVar[type[ScorerSettings]] = TorchScriptSettings
 
+    def __init__(self, name: str, settings: TorchScriptSettings) -> None:
+        super().__init__(name, settings)
+        self._file_settings = settings
+
     def open(self, device: Device) -> "VisionModel":
         """torch.jit."""
         from curate.score.vision_models import open_torchscript  # noqa: PLC0415  # torch: on workers only
 
-        return open_torchscript(self.weights.path(), self.settings, device)
+        return open_torchscript(self.weights.path(), self._file_settings, device)
 
 
 class OnnxScorer(FileScorer):

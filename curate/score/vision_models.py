@@ -14,17 +14,18 @@ import numpy.typing as npt
 import onnxruntime as ort
 import timm
 import torch
-from PIL import Image
 from safetensors.torch import load_file
 from torchvision import transforms
 from transformers import AutoImageProcessor, AutoModel, AutoModelForImageClassification
 
 from curate.errors import WeightsError
+from curate.score.decode import Picture
 from curate.score.onnx_session import open_session
+from curate.score.pixels import Mode, Pixels, mixed, moved
 from curate.score.scorer import Device, Float32
-from curate.score.vision import FileSettings
+from curate.score.vision import FileSettings, TorchScriptSettings
 
-Pixels = npt.NDArray[Any]
+Input = npt.NDArray[Any]
 
 # Untyped in their libraries.
 _PROCESSORS: Any = AutoImageProcessor
@@ -34,10 +35,10 @@ _JIT: Any = torch.jit
 
 @dataclass(frozen=True)
 class VisionModel:
-    """`prepare`: an RGB image to the network's input of one; `run`: those to float32 [N, d]."""
+    """`prepare`: a picture to the network's input of one, small; `run`: those to float32 [N, d]."""
 
-    prepare: Callable[[Image.Image], Pixels]
-    run: Callable[[Sequence[Pixels]], Float32]
+    prepare: Callable[[Picture], Input]
+    run: Callable[[Sequence[Input]], Float32]
 
 
 def open_hf_classifier(source: str, device: Device) -> VisionModel:
@@ -50,7 +51,7 @@ def open_hf_classifier(source: str, device: Device) -> VisionModel:
         logits = outputs.logits.float()
         return cast(torch.Tensor, logits.sigmoid() if several else logits.softmax(dim=-1))
 
-    return VisionModel(_processed(processor), _torch(model, head, device))
+    return _processed(processor, _torch(model, head, device), device)
 
 
 def open_hf_embedder(source: str, device: Device) -> VisionModel:
@@ -61,10 +62,10 @@ def open_hf_embedder(source: str, device: Device) -> VisionModel:
     def head(outputs: Any) -> torch.Tensor:
         return _unit(outputs.last_hidden_state[:, 0])
 
-    return VisionModel(_processed(processor), _torch(model, head, device))
+    return _processed(processor, _torch(model, head, device), device)
 
 
-def open_timm(name: str, weights: Path, classes: int, device: Device) -> VisionModel:
+def open_timm(name: str, weights: Path, classes: int, mode: Mode, device: Device) -> VisionModel:
     """Softmax over `classes`, or unit features when 0, after timm's evaluation transform. Raises WeightsError."""
     model = timm.create_model(name, pretrained=False, num_classes=classes)
     state = load_file(weights) if weights.suffix == ".safetensors" else _tensors(weights)
@@ -79,16 +80,16 @@ def open_timm(name: str, weights: Path, classes: int, device: Device) -> VisionM
     def head(outputs: torch.Tensor) -> torch.Tensor:
         return outputs.float().softmax(dim=-1) if classes else _unit(outputs)
 
-    return VisionModel(lambda image: np.asarray(transform(image)), _torch(model, head, device))
+    return _split(transform, mode, model, head, device)
 
 
-def open_torchscript(weights: Path, settings: FileSettings, device: Device) -> VisionModel:
+def open_torchscript(weights: Path, settings: TorchScriptSettings, device: Device) -> VisionModel:
     """Unit vectors of a TorchScript network. Raises WeightsError."""
     try:
         model = _JIT.load(str(weights), map_location="cpu")
     except RuntimeError as error:
         raise WeightsError(f"{weights} is not a TorchScript file: {str(error).splitlines()[0]}") from None
-    return VisionModel(_squared(settings), _torch(model, _unit, device))
+    return _split(_squared(settings), settings.preprocess, model, _unit, device)
 
 
 def open_onnx(weights: Path, settings: FileSettings, output: str | None, unit: bool, device: Device) -> VisionModel:
@@ -97,10 +98,10 @@ def open_onnx(weights: Path, settings: FileSettings, output: str | None, unit: b
     session = open_session(weights, threads=device.threads, providers=(*providers, "CPUExecutionProvider"))
     taken = session.get_inputs()[0]
     last, whole = taken.shape[-1] == 3, taken.type == "tensor(uint8)"
-    squared = _squared(settings, whole=whole)
+    transform = _squared(settings, whole=whole)
     names = [output] if output else [session.get_outputs()[0].name]
 
-    def run(prepared: Sequence[Pixels]) -> Float32:
+    def run(prepared: Sequence[Input]) -> Float32:
         batch = np.stack(prepared)
         batch = np.ascontiguousarray(batch.transpose(0, 2, 3, 1)) if last else batch
         fixed = taken.shape[0] if isinstance(taken.shape[0], int) else len(batch)
@@ -112,10 +113,10 @@ def open_onnx(weights: Path, settings: FileSettings, output: str | None, unit: b
             numbers = numbers / np.maximum(np.linalg.norm(numbers, axis=1, keepdims=True), 1e-12)
         return numbers.astype(np.float32)
 
-    return VisionModel(squared, run)
+    return VisionModel(lambda picture: np.asarray(transform(picture.rgb)), run)
 
 
-def _run_fixed(session: ort.InferenceSession, names: list[str], taken: str, batch: Pixels, fixed: int) -> Float32:
+def _run_fixed(session: ort.InferenceSession, names: list[str], taken: str, batch: Input, fixed: int) -> Float32:
     """One call with exactly `fixed` rows; those that fill it up are cut off again."""
     count = len(batch)
     filled = batch if count == fixed else np.concatenate([batch, np.repeat(batch[-1:], fixed - count, axis=0)])
@@ -123,18 +124,26 @@ def _run_fixed(session: ort.InferenceSession, names: list[str], taken: str, batc
     return np.asarray(found, dtype=np.float32).reshape(fixed, -1)[:count]
 
 
-def _torch(model: Any, head: Callable[[Any], torch.Tensor], device: Device) -> Callable[[Sequence[Pixels]], Float32]:
+def _split(
+    transform: transforms.Compose, mode: Mode, model: Any, head: Callable[[Any], torch.Tensor], device: Device
+) -> VisionModel:
+    """A network whose transform is split: bytes to the device, numbers there."""
+    pixels, run = Pixels(transform, device.name), _torch(model, head, device)
+
+    def prepare(picture: Picture) -> Input:
+        return picture.once(pixels.name, lambda: pixels.resized(picture.rgb)) if mode == "exact" else picture.pixels
+
+    return VisionModel(prepare, lambda prepared: run(pixels.batch(prepared, mode)))
+
+
+def _torch(model: Any, head: Callable[[Any], torch.Tensor], device: Device) -> Callable[[torch.Tensor], Float32]:
     torch.set_num_threads(device.threads)
     model = model.eval().to(device.name)
-    on_gpu = device.name == "cuda"
-    if on_gpu and not isinstance(model, torch.jit.ScriptModule):
+    if device.name == "cuda" and not isinstance(model, torch.jit.ScriptModule):
         model = model.to(memory_format=torch.channels_last)
 
-    def run(prepared: Sequence[Pixels]) -> Float32:
-        batch = torch.from_numpy(np.stack(prepared))
-        if on_gpu:
-            batch = batch.pin_memory().to(device.name, non_blocking=True, memory_format=torch.channels_last)
-        with torch.inference_mode(), torch.autocast(device.name, dtype=torch.float16, enabled=on_gpu):
+    def run(batch: torch.Tensor) -> Float32:
+        with torch.inference_mode(), mixed(device.name):
             return cast(Float32, head(model(batch)).float().cpu().numpy())
 
     return run
@@ -144,15 +153,20 @@ def _unit(features: torch.Tensor) -> torch.Tensor:
     return torch.nn.functional.normalize(features.float(), dim=-1)
 
 
-def _processed(processor: Any) -> Callable[[Image.Image], Pixels]:
-    def prepare(image: Image.Image) -> Pixels:
-        return cast(Pixels, processor(images=image, return_tensors="np")["pixel_values"][0].astype(np.float32))
+def _processed(processor: Any, run: Callable[[torch.Tensor], Float32], device: Device) -> VisionModel:
+    """A network behind an image processor of `transformers`, which normalises too."""
 
-    return prepare
+    def prepare(picture: Picture) -> Input:
+        return cast(Input, processor(images=picture.rgb, return_tensors="np")["pixel_values"][0].astype(np.float32))
+
+    def together(prepared: Sequence[Input]) -> Float32:
+        return run(moved(torch.from_numpy(np.stack(prepared)), torch.device(device.name)))
+
+    return VisionModel(prepare, together)
 
 
-def _squared(settings: FileSettings, *, whole: bool = False) -> Callable[[Image.Image], Pixels]:
-    """float32 [3, side, side] as the settings say, or uint8 where `whole`."""
+def _squared(settings: FileSettings, *, whole: bool = False) -> transforms.Compose:
+    """To float32 [3, side, side] as the settings say, or uint8 where `whole`."""
     side = settings.side
     steps: list[Any] = [transforms.Resize((side, side))]
     if settings.resize == "crop":
@@ -160,8 +174,7 @@ def _squared(settings: FileSettings, *, whole: bool = False) -> Callable[[Image.
     steps += [transforms.PILToTensor()] if whole else [
         transforms.ToTensor(), transforms.Normalize(settings.mean, settings.std)
     ]  # fmt: skip
-    transform = transforms.Compose(steps)
-    return lambda image: np.asarray(transform(image))
+    return transforms.Compose(steps)
 
 
 def _tensors(path: Path) -> dict[str, torch.Tensor]:

@@ -18,6 +18,7 @@ from torch import Tensor, nn
 
 from curate.errors import WeightsError
 from curate.score.canvas import Uint8, as_rgb
+from curate.score.pixels import mixed, moved
 
 SIDE = 256
 WATERMARK = 0  # index in the softmax; 1 is clear
@@ -69,8 +70,9 @@ class WatermarkDetector:
         """The column of pictures that `stretch` made; a score that is not finite is NaN, no value."""
         scores = [np.zeros(0, dtype=np.float32)]
         for start in range(0, len(stretched), self._batch_size):
-            batch = torch.from_numpy(np.stack(stretched[start : start + self._batch_size])).to(self._device)
-            with torch.inference_mode():
+            pixels = torch.from_numpy(np.stack(stretched[start : start + self._batch_size]))
+            batch = moved(pixels, torch.device(self._device))
+            with torch.inference_mode(), mixed(self._device):
                 answer: Tensor = torch.softmax(self._net(self._normalised(batch)).float(), dim=1)
                 scores.append(answer[:, WATERMARK].cpu().numpy())
         return {"watermark_score": np.concatenate(scores)}

@@ -39,7 +39,7 @@ def test_exact_pixels_have_the_bits_of_open_clips_transform(tmp_path: Path) -> N
     seen: list[torch.Tensor] = []
     scorer.model._model.encode_image = lambda batch: seen.append(batch.clone()) or torch.zeros(len(batch), WIDTH)
     found = pictures(12)
-    scorer.model.embed_images([scorer.model.pixels(item.rgb) for item in found], "exact")
+    scorer.model.embed_images([scorer.model.pixels.resized(item.rgb) for item in found], "exact")
     assert torch.equal(seen[0], torch.stack([preprocess(item.image) for item in found]))
 
 
@@ -115,7 +115,7 @@ def test_real_files_of_every_kind(tmp_path: Path) -> None:
     for file in files:
         found = decode(file.read_bytes())
         assert isinstance(found, Picture)
-        pixels = torch.from_numpy(np.array(scorer.model.pixels(found.rgb))).permute(2, 0, 1)
+        pixels = torch.from_numpy(np.array(scorer.model.pixels.resized(found.rgb))).permute(2, 0, 1)
         with Image.open(file) as image:
             # Transparency stands on white here, as fetch stores it; open_clip drops it to whatever lies beneath.
             expected = preprocess(found.rgb if image.has_transparency_data else image.convert("RGB"))

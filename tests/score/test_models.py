@@ -106,6 +106,8 @@ def test_timm_models(tmp_path: Path) -> None:
     assert np.allclose(np.stack(list(found.values()), axis=1), shares, atol=1e-5)
     embed = {"scorer": "timm_embed", "model": "resnet10t", "weights": str(tmp_path / "w.pth"), "width": 512}
     assert np.allclose(scored(embed, items)["x_image"], features.numpy(), atol=1e-5)
+    fast = scored(embed | {"preprocess": "fast"}, items)["x_image"]
+    assert (fast * features.numpy()).sum(axis=1).min() > 0.9999 and not np.array_equal(fast, features.numpy())
     with pytest.raises(WeightsError, match="is not a resnet10t of 4 classes"):
         scored(entry | {"weights": str(tmp_path / "w.pth"), "labels": list("abcd")}, items)
     with pytest.raises(ConfigError, match=r"score\.x\.width: the model gives 512 numbers, not 500"):
@@ -127,6 +129,8 @@ def test_torchscript_is_sscds_form(tmp_path: Path) -> None:
     with torch.inference_mode():
         expected = torch.nn.functional.normalize(net(torch.stack([published(item.rgb) for item in items])), dim=-1)
     assert np.allclose(found, expected.numpy(), atol=1e-6)
+    fast = scored(entry | {"preprocess": "fast"}, items)["x_image"]
+    assert (fast * found).sum(axis=1).min() > 0.9999 and not np.array_equal(fast, found)
     (tmp_path / "bad.pt").write_bytes(b"not a model")
     with pytest.raises(WeightsError, match="is not a TorchScript file"):
         scored(entry | {"weights": str(tmp_path / "bad.pt")}, items)

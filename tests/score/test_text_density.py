@@ -9,7 +9,9 @@ import numpy as np
 import pytest
 
 from curate.errors import WeightsError
-from curate.score.text_density import TextDetector
+from curate.score.canvas import blob
+from curate.score.onnx_session import open_session
+from curate.score.text_density import DETECTOR, TextDetector, TextView, wheel_model
 from tests.score.onnx_bytes import node, write_onnx
 
 SHARED = os.environ.get("CURATE_SHARED")
@@ -68,6 +70,26 @@ def test_small_letters_survive_storing_at_512(detector: TextDetector) -> None:
     stored = cv2.resize(large, (512, 512), interpolation=cv2.INTER_AREA)
     whole, small = detector([large])["text_density"][0], detector([stored])["text_density"][0]
     assert whole > 0.85 and small > 0.98 * whole
+
+
+def test_regions_are_rapidocrs_own(detector: TextDetector) -> None:
+    """Guards against another post-processing than PaddleOCR's, on the same probability map."""
+    from rapidocr.ch_ppocr_det.utils import DBPostProcess  # its code is published, and not ours
+
+    canvas = TextView(page(8)).pixels
+    session = open_session(wheel_model(DETECTOR))
+    pixels = blob([canvas], 736, fill=127, mean=127.5, scale=1 / 127.5, bgr=True)
+    (answer,) = session.run(None, {session.get_inputs()[0].name: pixels})
+    probability = answer[:, :, : canvas.shape[0], : canvas.shape[1]]
+    published = DBPostProcess(thresh=0.3, box_thresh=0.4, unclip_ratio=1.6, use_dilation=True)
+    boxes, _ = published(probability, canvas.shape[:2])
+    ours = detector.detect([canvas])[0].quads * np.array([canvas.shape[1], canvas.shape[0]])
+    assert len(ours) == len(boxes) >= 8
+    centres = np.asarray(boxes).mean(axis=1)
+    for quad in ours:
+        near = np.asarray(boxes)[np.abs(centres - quad.mean(axis=0)).sum(axis=1).argmin()]
+        assert np.abs(near.min(axis=0) - quad.min(axis=0)).max() <= 2
+        assert np.abs(near.max(axis=0) - quad.max(axis=0)).max() <= 2
 
 
 def test_one_region_over_everything_does_not_count(tmp_path: Path) -> None:
