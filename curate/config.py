@@ -139,7 +139,7 @@ class CellsSettings(LevelSettings):
     iterations: Annotated[int, Field(ge=0)] = 20
     points_per_cell: Positive = 256  # of the sample that k-means is trained on
     seed: int = 0
-    centroids: str | None = None  # ready ones (.npy): nothing is trained, and new shards are only assigned
+    centroids: str | None = None  # .npy, or _cells/*/centroids.npz of a run: no training; new shards are only assigned
 
 
 class SeedSet(Settings):

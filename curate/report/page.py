@@ -1,4 +1,4 @@
-"""A run as one HTML page: the funnel, how scores are spread, where subsets agree, and pictures to look at.
+"""A run as one HTML page: funnel, how scores are spread, where subsets agree, cells, and pictures to look at.
 
 People find what is wrong with a recipe by looking: at what was kept, dropped, called a copy, and chosen by one subset
 alone. The page is one file without scripts or requests; everything that came from the web is escaped, and pictures are
@@ -13,6 +13,7 @@ import pyarrow as pa
 
 from curate.catalog import open_catalog, quoted, views_of
 from curate.report.agreement import Agreement, agreement, agreement_html
+from curate.report.cells import cells_html
 from curate.report.copies import copies_html
 from curate.report.funnel import MEMBER, Line, funnel
 from curate.report.pictures import STYLE, Picture, gallery
@@ -38,6 +39,8 @@ def write_page(store: Store, tables: Sequence[TableSpec], shards: Sequence[str])
                 body += list(_apart(store, connection, found))
             for name in members:
                 body += list(_subset(store, connection, name))
+            if "cells" in views:
+                body += list(cells_html(store, connection, members))
             if "duplicates" in views:
                 body += list(copies_html(store, connection, tables))
     return f"<!doctype html><meta charset=utf-8><title>curate</title><style>{STYLE}</style>" + "\n".join(body)
