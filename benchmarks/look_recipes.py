@@ -1,6 +1,6 @@
 """Three recipes on real images, to be looked at: what was kept and what was dropped, as contact sheets.
 
-    python benchmarks/look_recipes.py --shared DIR --out DIR [--only coyo700m,webssl,lvd142m]
+    python benchmarks/look_recipes.py --shared DIR --out DIR [--only coyo700m,webssl,lvd142m] [--engine inline]
 
 The images of `<shared>/realdata` are served on 127.0.0.1 and run to a release with the configs as they stand, but for
 models that are not at hand: CLIP is the demo's tiny one; OpenNSFW2 and the VLM are left out (the former's column is 0
@@ -76,7 +76,7 @@ def score_of(name: str, shared: Path) -> dict[str, Any]:
     return score
 
 
-def run(name: str, shared: Path, out: Path) -> Job:
+def run(name: str, shared: Path, out: Path, engine: str) -> Job:
     """Take one recipe to a release."""
     score = score_of(name, shared)
     recipe = load_recipe(CONFIGS / f"{name}.yaml")
@@ -85,7 +85,7 @@ def run(name: str, shared: Path, out: Path) -> Job:
         for word, one in recipe.subsets.items() if "p_yes" not in str(one.where)
     }  # fmt: skip
     changes = [
-        f"root={out / name}", f"ingest.sources=[{out / 'urls.parquet'}]", "engine={driver: ray}",
+        f"root={out / name}", f"ingest.sources=[{out / 'urls.parquet'}]", f"engine={{driver: {engine}}}",
         "fetch.allow_networks=[127.0.0.1/32]", "fetch.timeout_s=60", f"score={json.dumps(score)}",
         f"subsets={json.dumps(subsets)}",
     ]  # fmt: skip
@@ -145,6 +145,7 @@ def main() -> None:
     parser.add_argument("--shared", type=Path, required=True, help="folder with realdata and reference")
     parser.add_argument("--out", type=Path, required=True)
     parser.add_argument("--only", default="coyo700m,webssl,lvd142m")
+    parser.add_argument("--engine", default="ray", choices=("ray", "inline"))
     options = parser.parse_args()
     options.out.mkdir(parents=True, exist_ok=True)
     shared = options.shared.resolve()
@@ -152,7 +153,7 @@ def main() -> None:
     threading.Thread(target=server.serve_forever, daemon=True).start()
     files = table_of(shared, f"http://127.0.0.1:{server.server_address[1]}", options.out)
     for name in options.only.split(","):
-        job = run(name, shared, options.out)
+        job = run(name, shared, options.out, options.engine)
         for subset in job.recipe.subsets:
             sheet(job, subset, files, options.out / f"{name}_{subset}.png")
     server.shutdown()

@@ -314,8 +314,8 @@ def test_lvd1689m(pool: Pool, tmp_path: Path, ray_driver: Driver) -> None:
         assert [int(taken[at]) for at in inside] == [int(place < given[cell]) for place in range(len(inside))]
     flat = allocate(Tree(sizes), 120, 1, 0)
     assert np.abs(given - flat).max() <= 40  # the tree moves shares between concepts, not out of them
-    small = given[(sizes > 0) & (sizes <= np.median(sizes))] / sizes[(sizes > 0) & (sizes <= np.median(sizes))]
-    assert small.mean() > 120 / sizes.sum()  # rare concepts keep more of theirs than the pool's average
+    shares = given[sizes > 0] / sizes[sizes > 0]
+    assert np.ptp(shares) > 0.3  # a sample that takes 29 % of every cell has no concepts; here some keep most of theirs
     released = _released(job)
     assert released["sampled"] == {rows[at]["key"] for at in np.flatnonzero(taken)}
     assert released["curated"] == {
