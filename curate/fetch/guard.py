@@ -10,6 +10,7 @@ import ipaddress
 import re
 import socket
 from collections.abc import Iterable
+from functools import lru_cache
 from typing import Any
 
 from yarl import URL
@@ -51,6 +52,15 @@ def parse_networks(texts: Iterable[str]) -> tuple[Network, ...]:
         raise ConfigError(f"fetch.allow_networks: {error}; write e.g. 127.0.0.0/8") from None
 
 
+@lru_cache(maxsize=100_000)
+def _numeric(host: str) -> Address | None:
+    """The address that a host is spelled as; None for a name. Cached: a table asks for each host many times."""
+    try:
+        return ipaddress.ip_address(host)
+    except ValueError:
+        return None
+
+
 def _innermost(address: Address) -> Address:
     """The IPv4 address inside an IPv4-mapped or NAT64 one, else the address itself."""
     if isinstance(address, ipaddress.IPv6Address):
@@ -70,10 +80,10 @@ class Guard:
 
     def allows(self, text: str) -> bool:
         """Whether a numeric address (as `getaddrinfo` gives it) may be connected to."""
-        try:
-            address = _innermost(ipaddress.ip_address(text.partition("%")[0]))
-        except ValueError:
+        numeric = _numeric(text.partition("%")[0])
+        if numeric is None:
             return False
+        address = _innermost(numeric)
         if any(address in network for network in self._allowed):
             return True
         if not self._public:
@@ -116,10 +126,9 @@ class Guard:
         return self._canonical(url, host)
 
     def _canonical(self, url: URL, host: str) -> URL:
-        try:
-            address: str | None = str(ipaddress.ip_address(host))
-        except ValueError:
-            address = None
+        numeric = _numeric(host)
+        address = None if numeric is None else str(numeric)
+        if address is None:
             bare = host.rstrip(".")
             if _NUMERIC_HOST.fullmatch(bare):
                 try:
