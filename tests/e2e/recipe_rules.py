@@ -24,6 +24,7 @@ class Expected:
     ratio: float = float("inf")
     clip: bool = False
     untouched: Mapping[str, set[int]] = field(default_factory=dict)  # clauses that no row of the site comes to fail
+    references: Sequence[str] = ()  # pictures of the site whose pHash is on the list of reference sets
     smaller: Mapping[str, str] = field(default_factory=dict)  # words of the file, and what stands for them on the site
 
 
@@ -92,7 +93,7 @@ EXPECTED: dict[str, Expected] = {
             over("length", 6), lambda row: row["has_content_word"], over("words", 3), under("words", 256),
             under("length", 1000), under("count", 10), under("profanity", 0), _fresh,
         ]},
-        same=lambda row: (row["phash"], row["collapsed"]), least_side=200, ratio=3.0,
+        same=lambda row: (row["phash"], row["collapsed"]), least_side=200, ratio=3.0, references=["/8.jpg", "/20.jpg"],
         best=lambda row: (not _good_coyo_image(row), -row["w"] * row["h"], row["key"]),
     ),
     "laion2b": Expected({

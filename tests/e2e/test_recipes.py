@@ -27,6 +27,7 @@ from PIL import Image, ImageDraw
 import configs
 from curate.config import Recipe, load_recipe
 from curate.demo.paths import weights_dir
+from curate.emit.exports import COYO, export_coyo
 from curate.engine.driver import Driver
 from curate.engine.job import Job
 from curate.errors import WeightsError
@@ -41,7 +42,7 @@ from tests.e2e.recipe_rules import EXPECTED, Expected, Row, Truth
 from tests.e2e.test_realdata import Quiet
 
 FOLDER = Path(str(configs.__path__[0]))
-# The recipes that image_text.py runs. Those that compare vectors or have pipelines of their own: test_recipes_vectors.py.
+# The recipes that image_text.py runs. Those of vectors and of other pipelines: test_recipes_vectors.py.
 FILES = sorted(
     file
     for file in FOLDER.glob("*.yaml")
@@ -147,6 +148,10 @@ def small(file: Path, root: Path, site: Site, *extra: str, clip: bool = False) -
     root.parent.mkdir(parents=True, exist_ok=True)
     file = root.parent / file.name
     file.write_text(text)
+    if expected.references:  # as `curate score <folder> --with image_phash` leaves it
+        hashes = [imagehash.phash(Image.open(site.files[name]).convert("RGB")) for name in expected.references]
+        (root.parent / "reference_phashes.txt").write_text("".join(f"{one}\n" for one in hashes))
+        extra = (*extra, f"fetch.block_phashes=[{root.parent / 'reference_phashes.txt'}]")
     score: dict[str, dict[str, Any]] = {}
     for name, entry in load_recipe(file).score.items():
         if entry["scorer"] == "clip" and clip:
@@ -207,7 +212,10 @@ def _facts_of_picture(url: str, site: Site, expected: Expected) -> Row:
     shape = {"w": w, "h": h, "bytes": path.stat().st_size, "phash": phash}
     shape["digest"] = hashlib.sha256(path.read_bytes()).hexdigest()
     small, long = min(w, h) < expected.least_side, max(w, h) / min(w, h) > expected.ratio
-    return shape | {"expected_status": "too_small" if small else "bad_ratio" if long else "ok"}
+    listed = any(path == site.files[name] for name in expected.references)  # no two of the site have one pHash
+    return shape | {
+        "expected_status": "too_small" if small else "bad_ratio" if long else "blocked_list" if listed else "ok"
+    }
 
 
 def _verdict(row: Row, clauses: Sequence[Callable[[Row], Truth]]) -> tuple[str, int] | None:
@@ -243,6 +251,33 @@ def test_every_row_meets_the_fate_that_its_rules_say(
     latest = job.store.get_bytes("releases/latest").decode().strip()
     release = job.store.get_json(f"releases/{latest}/release.json")
     assert {name: facts["samples"] for name, facts in release["subsets"].items()} == members
+    if file.stem == "coyo700m":
+        _check_coyo(job.store.full(f"releases/{latest}"), rows, tmp_path)
+
+
+def _check_coyo(release: str, rows: Sequence[Row], folder: Path) -> None:
+    """The 17 columns of its table, row by row."""
+    table = pq.read_table(export_coyo(release, "coyo", folder / "coyo"))
+    assert table.schema.names == COYO.names
+    assert len(COYO.names) == 17
+    scores = [name for name in COYO.names if name in AROUND]
+    assert len(scores) == 6
+    expected = {
+        (row["url"], row["collapsed"]): (
+            row["w"],
+            row["h"],
+            row["phash"],
+            row["length"],
+            row["words"],
+            *(row[name] for name in scores),
+        )
+        for row in rows
+        if row["member_coyo"]
+    }
+    names = ["width", "height", "image_phash", "text_length", "word_count", *scores]
+    found = {(row["url"], row["text"]): tuple(row[name] for name in names) for row in table.to_pylist()}
+    assert found == expected
+    assert table["num_faces"].null_count == table.num_rows  # no scorer of this run gave it, and nothing is made up
 
 
 def _check_subset(
