@@ -295,10 +295,7 @@ def _sweep(store: Store) -> None:
 
 def _is_old(store: Store, folder: str) -> bool:
     """Whether nothing in a folder was written for a day; False where the store does not tell."""
-    try:
-        times = [written_at(info) for info in store.fs.find(store.full(folder), detail=True).values()]
-    except FileNotFoundError:  # another run has just renamed what was listed
-        return False
+    times = [written_at(info) for info in store.fs.find(store.full(folder), detail=True).values()]
     return bool(times) and time.time() - max(times) > DAY_S
 
 

@@ -72,11 +72,12 @@ def test_same_release_after_sigkills(
     """Guards against a release that is half visible after a power cut, or differs when work is taken up again."""
     done, lasts_s = whole
     draw = random.Random(0)
-    killed = seen = 0
+    killed = seen = rounds = 0
     root = tmp_path / "0"
     while killed < KILLS:
         if not root.exists():
             shutil.copytree(ready, root)
+            rounds += 1
         ((code, _),) = forks.do(["emit", str(root), SUBSETS, EMIT], kill_s=draw.uniform(0, lasts_s))
         assert code in (0, -9)
         killed += code == -9
@@ -85,7 +86,7 @@ def test_same_release_after_sigkills(
         if code == 0:
             assert _sums(root) == _sums(done)
             assert not list((root / "_work/emit").glob("*"))
-            root = tmp_path / str(killed)
+            root = tmp_path / str(rounds)
     ((code, _),) = forks.do(["emit", str(root), SUBSETS, EMIT]) if root.exists() else ((0, 0.0),)
     assert code == 0 and seen > 0
 
@@ -120,9 +121,9 @@ def test_removal_after_sigkills(whole: tuple[Path, float], forks: Nursery, tmp_p
     assert code == 0
     expected = _sums(tmp_path / "undisturbed")
     draw = random.Random(1)
-    killed = 0
+    killed = rounds = 0
     while killed < KILLS // 2:
-        root = tmp_path / str(killed)
+        root, rounds = tmp_path / str(rounds), rounds + 1
         shutil.copytree(done, root)
         code = -9
         for _ in range(3):
