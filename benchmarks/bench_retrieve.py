@@ -6,7 +6,7 @@ Prints one Markdown table. Floors (exit status 1 when one is missed, not with --
 least 10 × as fast as the flat index and not slower than FAISS IVF at equal recall; matching at least 1,000 × the naive
 loop and 100,000 captions a second and core, and equal to Aho-Corasick on all captions. Both sides use the same threads;
 on a machine that others use, threads that wait for each other distort the ratio, and --threads 1 is the honest setting.
-Peak memory of the sampling is only its own when it runs alone (--only sampling). About 12 minutes on 2 quiet cores.
+Peak memory of the sampling is only its own when it runs alone (--only sampling). About 15 minutes on a quiet core.
 """
 
 import argparse

@@ -208,6 +208,8 @@ class Codes:
         """Train on a sample [n, d], as unit vectors. Raises PlanError for a codec that FAISS does not know."""
         try:
             index = faiss.index_factory(sample.shape[1], codec)
+            if hasattr(index, "pq"):
+                index.pq.cp.min_points_per_centroid = 1  # a small pool: FAISS would warn once a quantiser
             index.train(unit(sample))
         except RuntimeError as error:
             raise PlanError(f"search: codec {codec!r} cannot be trained: {error}") from error

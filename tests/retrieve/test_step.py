@@ -311,7 +311,8 @@ def test_embedded_images_retrieve_as_a_file_of_their_vectors(tmp_path: Path) -> 
 
 def test_killed_anywhere_goes_on_to_the_same_rows(tmp_path: Path) -> None:
     """Guards against half of a pass that a second run takes for the whole."""
-    settings, l2 = _sets(tmp_path), CELLS.model_copy(update={"metric": "l2"})
+    settings = _sets(tmp_path).model_copy(update={"codes": "SQ8"})
+    l2 = CELLS.model_copy(update={"metric": "l2"})
     upper = LevelSettings(count=3, resampling=1, sample_size=2)
     hierarchy = HierarchySettings(splits=2, levels=[upper], targets=[90], iterations=3)
 
@@ -325,7 +326,7 @@ def test_killed_anywhere_goes_on_to_the_same_rows(tmp_path: Path) -> None:
         store = Store(str(tmp_path / name))
         shards, _ = build(store)
         for make in steps(store, shards):
-            for survives in itertools.count(1, 5) if name == "killed" else ():
+            for survives in itertools.count(1, 13) if name == "killed" else ():
                 try:
                     go(make(), store, shards, dying_map(survives))
                 except Killed:
