@@ -1,6 +1,6 @@
 """Quality of the detectors on real, labelled images: text, faces, blurred, blank.
 
-    python benchmarks/bench_quality.py [--shared DIR] [--recognition] [--images N]
+    python benchmarks/bench_quality.py [--shared DIR] [--recognition] [--images N] [--stored 512]
 
 Prints a Markdown table with each figure, the bar it must pass, its 95 % bootstrap interval over the images, and the
 two halves of a random split: a figure that rests on a few files shows there. Nothing is fitted here. Blurred and blank
@@ -76,6 +76,16 @@ def load(path: Path) -> Uint8:
         return np.asarray(flat.convert("RGB"), dtype=np.uint8)
 
 
+def load_stored(path: Path, side: int | None) -> Uint8:
+    """The picture, shrunk to a longer side and through JPEG (90) as a pool holds it; as it is where `side` is None."""
+    image = load(path)
+    scale = (side or max(image.shape[:2])) / max(image.shape[:2])
+    if scale >= 1:
+        return image
+    size = (max(1, round(image.shape[1] * scale)), max(1, round(image.shape[0] * scale)))
+    return through_jpeg(np.asarray(cv2.resize(image, size, interpolation=cv2.INTER_AREA), dtype=np.uint8), 90)
+
+
 def rows_of(path: Path) -> list[dict[str, str]]:
     """Rows of a CSV file."""
     with path.open(newline="") as file:
@@ -104,7 +114,7 @@ def halves(figure: Figure, rng: np.random.Generator) -> tuple[float, float]:
     return first, second
 
 
-def text_figures(root: Path, *, recognition: bool, limit: int | None) -> list[Figure]:
+def text_figures(root: Path, *, recognition: bool, limit: int | None, stored: int | None) -> list[Figure]:
     """Text against no text, and heavy against the rest, for each column that ranks."""
     rows = [row for row in rows_of(root / "manifest.csv") if row["folder"].startswith("text_")][:limit]
     detector = TextDetector.from_file()
@@ -112,7 +122,7 @@ def text_figures(root: Path, *, recognition: bool, limit: int | None) -> list[Fi
     found: dict[str, list[float]] = {}
     start, cpu = time.perf_counter(), time.process_time()
     for row in rows:
-        columns = score([load(root / row["path"])])
+        columns = score([load_stored(root / row["path"], stored)])
         for column in ("text_density", "text_boxes", "text_area", "text_density_read", "text_chars"):
             if column in columns:
                 found.setdefault(column, []).append(float(np.asarray(columns[column])[0]))
@@ -128,11 +138,11 @@ def text_figures(root: Path, *, recognition: bool, limit: int | None) -> list[Fi
     return figures
 
 
-def face_figures(root: Path, yunet: Path) -> list[Figure]:
+def face_figures(root: Path, yunet: Path, stored: int | None) -> list[Figure]:
     """Counted faces."""
     rows = rows_of(root / "faces.csv")
     start, cpu = time.perf_counter(), time.process_time()
-    counts = YuNetFaces.from_file(yunet)([load(root / row["path"]) for row in rows])["num_faces"]
+    counts = YuNetFaces.from_file(yunet)([load_stored(root / row["path"], stored) for row in rows])["num_faces"]
     report_time("faces", len(rows), start, cpu)
     values, labels = np.array(counts, dtype=np.float64), np.array([int(row["num_faces"]) for row in rows])
     return [
@@ -142,10 +152,10 @@ def face_figures(root: Path, yunet: Path) -> list[Figure]:
     ]
 
 
-def through_jpeg(image: Uint8) -> Uint8:
-    """The picture as a JPEG of quality 85 gives it back."""
+def through_jpeg(image: Uint8, quality: int = 85) -> Uint8:
+    """The picture as a JPEG gives it back."""
     packed = io.BytesIO()
-    Image.fromarray(image).save(packed, format="JPEG", quality=85)
+    Image.fromarray(image).save(packed, format="JPEG", quality=quality)
     return np.asarray(Image.open(packed), dtype=np.uint8)
 
 
@@ -211,6 +221,9 @@ def main() -> None:
     parser.add_argument("--yunet", type=Path, help="default: yunet_n_dynamic under SHARED/reference")
     parser.add_argument("--recognition", action="store_true", help="read the text too (three times as long)")
     parser.add_argument("--images", type=int, help="only the first N text images")
+    parser.add_argument(
+        "--stored", type=int, help="text and faces on pictures shrunk to this longer side, as in a pool"
+    )
     options = parser.parse_args()
     if options.shared is None:
         parser.error("name the folder with the labelled images: --shared DIR, or CURATE_SHARED")
@@ -218,8 +231,8 @@ def main() -> None:
     root = options.shared / "realdata"
     yunet = options.yunet or options.shared / "reference/yunet/onnx__yunet_n_dynamic.onnx"
     print(f"{platform.machine()}, {os.cpu_count()} CPUs, one thread a model")
-    figures = text_figures(root, recognition=options.recognition, limit=options.images)
-    print_table([*figures, *face_figures(root, yunet), *pixel_figures(root)])
+    figures = text_figures(root, recognition=options.recognition, limit=options.images, stored=options.stored)
+    print_table([*figures, *face_figures(root, yunet, options.stored), *pixel_figures(root)])
 
 
 if __name__ == "__main__":

@@ -238,6 +238,34 @@ def modes(work: Work, model: str) -> None:
     print(f"| {len(cosine)} | {near} | {apart.mean():.6f} / {apart.max():.6f} | {spread:.4f} |")
 
 
+def pixel_modes(work: Work) -> None:
+    """Print how far apart the network's pixels lie, in levels of 255, for the transforms that scorers use."""
+    from torchvision import transforms
+
+    from curate.score.pixels import Pixels
+
+    end = [transforms.ToTensor(), transforms.Normalize((0.0, 0.0, 0.0), (1.0, 1.0, 1.0))]
+    cubic = transforms.InterpolationMode.BICUBIC
+    kinds = {
+        "clip: bicubic, shorter side 224, crop": [transforms.Resize(224, cubic), transforms.CenterCrop(224)],
+        "SSCD: bilinear, 320 x 320": [transforms.Resize((320, 320))],
+        "timm, DINOv2: bicubic, shorter side 256, crop 224": [
+            transforms.Resize(256, cubic),
+            transforms.CenterCrop(224),
+        ],
+    }
+    print("\n| transform | mean | 99th percentile | greatest |\n|---|---|---|---|")
+    for title, steps in kinds.items():
+        pixels, apart = Pixels(transforms.Compose([*steps, *end]), "cpu"), []
+        for data in work.images:
+            found = decode(data)
+            assert isinstance(found, Picture)
+            exact = pixels.batch([pixels.resized(found.rgb)], "exact")
+            apart.append((255 * (exact - pixels.batch([found.pixels], "fast")).abs()).numpy().ravel())
+        levels = np.concatenate(apart)
+        print(f"| {title} | {levels.mean():.3f} | {np.quantile(levels, 0.99):.0f} | {levels.max():.0f} |")
+
+
 def sections(names: Sequence[str], model: str, device: str) -> dict[str, dict[str, dict[str, Any]]]:
     """Title to `score:` section: each scorer alone, then all together."""
     clip = {"clip_bench": {"scorer": "clip", "model": model, "device": device}}
@@ -279,6 +307,7 @@ def main() -> None:
               f"{settings.model}, device {settings.device}, CPU-seconds, {time.strftime('%Y-%m-%d')}\n")  # fmt: skip
         if settings.modes:
             modes(work, model)
+            pixel_modes(work)
             return
         print("| scorers | decode | forward | preprocessing | stage | stage / bare | stage img/s | peak MB |")
         print("|---|---|---|---|---|---|---|---|")

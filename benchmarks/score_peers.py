@@ -10,6 +10,7 @@ import io
 import json
 import os
 import resource
+import subprocess
 import sys
 import tempfile
 import time
@@ -19,6 +20,7 @@ from pathlib import Path
 from typing import Any
 
 BATCH = 32
+TIMEOUT_S = 900  # a peer that hangs is left out
 
 
 def transformers_loop(files: list[Path], model: str) -> Callable[[int], None]:
@@ -63,11 +65,15 @@ def data_juicer(files: list[Path], model: str) -> Callable[[int], None]:
 
 
 def clip_retrieval(files: list[Path], model: str) -> Callable[[int], None]:
-    """Its inference on a folder of files, one preprocessing worker."""
-    import torch
-    from clip_retrieval.clip_inference.main import main
-
-    torch.set_num_threads(1)
+    """Its inference on a folder of files, one preprocessing worker; a process a call, since its workers are forked."""
+    code = """
+import sys, torch
+from clip_retrieval.clip_inference.main import main
+torch.set_num_threads(1)
+place, out, model, batch = sys.argv[1:]
+main(input_dataset=place, output_folder=out, input_format="files", clip_model="hf_clip:" + model,
+     batch_size=int(batch), num_prepro_workers=1, enable_metadata=False)
+"""
 
     def run(count: int) -> None:
         with tempfile.TemporaryDirectory() as folder:
@@ -76,10 +82,8 @@ def clip_retrieval(files: list[Path], model: str) -> Callable[[int], None]:
             for file in files[:count]:
                 for part in (file, file.with_suffix(".txt")):
                     (place / part.name).symlink_to(part)
-            main(
-                input_dataset=str(place), output_folder=str(Path(folder, "out")), input_format="files",
-                clip_model=f"hf_clip:{model}", batch_size=BATCH, num_prepro_workers=1, enable_metadata=False,
-            )  # fmt: skip
+            arguments = [str(place), str(Path(folder, "out")), model, str(BATCH)]
+            subprocess.run([sys.executable, "-c", code, *arguments], check=True, stdout=sys.stderr, timeout=TIMEOUT_S)
 
     return run
 
