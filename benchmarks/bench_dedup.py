@@ -1,7 +1,12 @@
 """Time, memory and recall of the dedup kernels, peers beside them on the same work, in one run.
 
-    python benchmarks/bench_dedup.py --quick     # a minute: sizes divided by 20
-    python benchmarks/bench_dedup.py             # 10 M hashes, 1 M vectors; about half an hour with the peers
+    python benchmarks/bench_dedup.py --quick            # two minutes: sizes divided by 20
+    python benchmarks/bench_dedup.py --only hashes      # 10 M hashes, growth, crowds, refresh, peers: about 25 minutes
+    python benchmarks/bench_dedup.py --only vectors     # 1 M vectors, growth, peers: about 25 minutes
+
+`--imagededup-python PATH` names the Python of another environment in which imagededup is installed (it pins other
+packages than ours); without it that peer is left out. A peer is tried at growing sizes and given up at the first that
+takes longer than `--limit` seconds; the ratio is of the largest that it finished.
 
 Floors (2 cores): 10 M hashes with planted pairs, radius 3, in 60 s and 4 GB; 1 M x 512 float16 at cosine 0.9 in
 300 s with recall >= 0.99; growth exponents <= 1.15 and <= 1.3. Each measurement runs in a process of its own, so that
@@ -55,6 +60,26 @@ def make_vectors(n: int, width: int = 512) -> tuple[np.ndarray, np.ndarray]:
     return vectors, np.sort(copies.T, axis=1)
 
 
+def make_crowd(n: int) -> tuple[np.ndarray, np.ndarray]:
+    """As `make_hashes`, but every second hash is that of one image with up to four bits changed."""
+    hashes, planted = make_hashes(n)
+    draw, crowd = np.random.default_rng(1), len(hashes[::2])
+    bits = np.uint64(1) << np.arange(63, dtype=np.uint64)
+    sides = bits[(hashes[0] & bits) != 0], bits[(hashes[0] & bits) == 0]
+    values, swaps = np.full(crowd, hashes[0]), draw.integers(0, 3, crowd)
+    for swap in range(2):  # popcount stays 32, as in a real pHash
+        both = draw.choice(sides[0], crowd) ^ draw.choice(sides[1], crowd)
+        values = np.where(swaps > swap, values ^ both, values)
+    hashes[::2] = values
+    return hashes, planted[(planted % 2 == 1).all(axis=1)]
+
+
+def make_refresh(n: int) -> tuple[np.ndarray, np.ndarray]:
+    """As `make_hashes`; of the planted pairs, those with one of the last tenth, which is new."""
+    hashes, planted = make_hashes(n)
+    return hashes, planted[planted[:, 1] >= n - n // 10]
+
+
 def recall_of(found: np.ndarray, planted: np.ndarray, n: int) -> float:
     """Share of the planted pairs that were found."""
     return float(np.isin(planted[:, 0] * n + planted[:, 1], found[:, 0] * n + found[:, 1]).mean())
@@ -65,6 +90,31 @@ def ours_hamming(hashes: np.ndarray) -> np.ndarray:
     from curate.dedup.hamming import pairs_within
 
     return pairs_within(hashes, HASH_RADIUS)
+
+
+def ours_components(hashes: np.ndarray) -> np.ndarray:
+    """curate.dedup.hamming.edges_within: what holds the components together."""
+    from curate.dedup.hamming import edges_within
+
+    return edges_within(hashes, HASH_RADIUS)[0]
+
+
+def ours_refresh(hashes: np.ndarray) -> np.ndarray:
+    """The same, when the pairs of all but the last tenth are known."""
+    from curate.dedup.hamming import edges_within
+
+    fresh = np.arange(len(hashes)) >= len(hashes) - len(hashes) // 10
+    return edges_within(hashes, HASH_RADIUS, fresh=fresh)[0]
+
+
+def imagededup_hamming(hashes: np.ndarray) -> np.ndarray:
+    """imagededup's default (brute force in Cython, all cores), in the Python that has it."""
+    from imagededup.methods import PHash
+
+    names = {f"{row:08d}": f"{int(value):016x}" for row, value in enumerate(hashes)}
+    found = PHash(verbose=False).find_duplicates(encoding_map=names, max_distance_threshold=HASH_RADIUS)
+    pairs = [(int(one), int(other)) for one, others in found.items() for other in others if one < other]
+    return np.array(pairs, np.int64).reshape(-1, 2)
 
 
 def numpy_hamming(hashes: np.ndarray) -> np.ndarray:
@@ -136,6 +186,10 @@ def semdedup(vectors: np.ndarray) -> np.ndarray:
 
 TASKS: dict[str, tuple[Callable[[np.ndarray], np.ndarray], Callable[[int], tuple[np.ndarray, np.ndarray]]]] = {
     "hashes: curate": (ours_hamming, make_hashes),
+    "hashes: curate, components": (ours_components, make_hashes),
+    "hashes: curate, half nearly one image": (ours_components, make_crowd),
+    "hashes: curate, a tenth new": (ours_refresh, make_refresh),
+    "hashes: imagededup": (imagededup_hamming, make_hashes),
     "hashes: FAISS IndexBinaryMultiHash": (faiss_hamming, make_hashes),
     "hashes: numpy, all with all": (numpy_hamming, make_hashes),
     "vectors: curate cells": (ours_cosine, make_vectors),
@@ -148,25 +202,31 @@ def measure_here(task: str, n: int) -> None:
     """Run one measurement in this process and print it as JSON."""
     work, make = TASKS[task]
     data, planted = make(n)
-    wall, cpu = time.perf_counter(), time.process_time()
+    wall, cpu = time.perf_counter(), cpu_s()
     found = work(data)
     result = {
-        "task": task, "n": n, "wall_s": time.perf_counter() - wall, "cpu_s": time.process_time() - cpu,
+        "task": task, "n": n, "wall_s": time.perf_counter() - wall, "cpu_s": cpu_s() - cpu,
         "rss_gb": resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1e6, "pairs": len(found),
         "recall": recall_of(found, planted, n),
     }  # fmt: skip
     print(json.dumps(result))
 
 
-def measure(task: str, n: int, limit_s: float) -> dict[str, float] | None:
+def cpu_s() -> float:
+    """CPU seconds of this process and of those that it waited for."""
+    used = [resource.getrusage(who) for who in (resource.RUSAGE_SELF, resource.RUSAGE_CHILDREN)]
+    return sum(one.ru_utime + one.ru_stime for one in used)
+
+
+def measure(task: str, n: int, limit_s: float, python: str = sys.executable) -> dict[str, float] | None:
     """Run one measurement in a fresh process; None when it does not finish in time."""
-    command = [sys.executable, __file__, "--one", task, "--n", str(n)]
+    command = [python, __file__, "--one", task, "--n", str(n)]
     try:
-        done = subprocess.run(command, capture_output=True, text=True, timeout=limit_s, check=True)
-    except subprocess.TimeoutExpired:
-        print(f"| {task} | {n:,} | > {limit_s:.0f} | | | | |", flush=True)
+        done = subprocess.run(command, stdout=subprocess.PIPE, text=True, timeout=limit_s, check=True)
+    except (subprocess.TimeoutExpired, subprocess.CalledProcessError) as error:
+        what = f"> {limit_s:.0f}" if isinstance(error, subprocess.TimeoutExpired) else f"failed: {error.returncode}"
+        print(f"| {task} | {n:,} | {what} | | | | |", flush=True)
         return None
-    sys.stderr.write(done.stderr[-300:])
     row: dict[str, float] = json.loads(done.stdout.splitlines()[-1])
     print(
         f"| {task} | {n:,} | {row['wall_s']:.1f} | {row['cpu_s']:.1f} | {row['rss_gb']:.2f} | {row['pairs']:,} "
@@ -175,13 +235,12 @@ def measure(task: str, n: int, limit_s: float) -> dict[str, float] | None:
     return row
 
 
-def exponent(rows: list[dict[str, float] | None]) -> float:
-    """Slope of log CPU time over log N."""
+def exponent(rows: list[dict[str, float] | None], of: str) -> float:
+    """Slope of log time over log N."""
     kept = [row for row in rows if row]
     if len(kept) < 2:
         return float("nan")
-    slope = np.polyfit(np.log([row["n"] for row in kept]), np.log([row["cpu_s"] for row in kept]), 1)[0]
-    return float(slope)
+    return float(np.polyfit(np.log([row["n"] for row in kept]), np.log([row[of] for row in kept]), 1)[0])
 
 
 def paper_plan(row: dict[str, float]) -> str:
@@ -204,6 +263,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--quick", action="store_true", help="sizes divided by 20")
     parser.add_argument("--only", choices=["hashes", "vectors"], help="half of the benchmark")
+    parser.add_argument("--imagededup-python", help="a Python in whose environment imagededup is installed")
     parser.add_argument("--limit", type=float, default=600, help="seconds a measurement may take")
     parser.add_argument("--one", choices=list(TASKS), help=argparse.SUPPRESS)
     parser.add_argument("--n", type=int, help=argparse.SUPPRESS)
@@ -215,25 +275,45 @@ def main() -> None:
     print(f"{platform.machine()}, {os.cpu_count()} cores, load {os.getloadavg()[0]:.1f}, numpy {np.__version__}\n")
     print("| task | N | wall s | CPU s | peak GB | pairs | recall of planted |\n|---|---|---|---|---|---|---|")
     notes = []
-    for kind, ours, sizes, peers in (
-        ("hashes", "hashes: curate", (1_000_000, 2_000_000, 4_000_000, 8_000_000), {
-            "hashes: FAISS IndexBinaryMultiHash": 1_000_000, "hashes: numpy, all with all": 200_000,
+    for kind, ours, sizes, others, peers in (
+        ("hashes", "hashes: curate", (1_000_000, 2_000_000, 4_000_000, 8_000_000), (
+            ("hashes: curate, components", 4_000_000), ("hashes: curate, a tenth new", 4_000_000),
+            ("hashes: curate, half nearly one image", 1_000_000), ("hashes: curate, half nearly one image", 4_000_000),
+        ), {
+            "hashes: imagededup": (20_000, 40_000), "hashes: FAISS IndexBinaryMultiHash": (1_000_000, 4_000_000),
+            "hashes: numpy, all with all": (100_000,),
         }),
-        ("vectors", "vectors: curate cells", (250_000, 500_000, 1_000_000), {
-            "vectors: FAISS flat range search": 100_000, "vectors: SemDeDup as published": 100_000,
+        ("vectors", "vectors: curate cells", (250_000, 500_000, 1_000_000), (), {
+            "vectors: FAISS flat range search": (100_000, 200_000),
+            "vectors: SemDeDup as published": (250_000, 1_000_000),
         }),
     ):  # fmt: skip
         if options.only not in (None, kind):
             continue
-        rows = [measure(ours, n // scale, options.limit) for n in sizes]
-        notes.append(f"{ours}: CPU time grows as N^{exponent(rows):.2f}")
+        rows = [measure(ours, n // scale, 2 * options.limit) for n in sizes]
+        grows = " and ".join(
+            f"{name} as N^{exponent(rows, of):.2f}" for of, name in (("cpu_s", "CPU"), ("wall_s", "wall"))
+        )
+        notes.append(f"{ours}: time grows: {grows}")
         if kind == "hashes" and (largest := measure(ours, 10_000_000 // scale, options.limit)):
             notes.append(paper_plan(largest))
-        for peer, n in peers.items():
-            theirs, same = measure(peer, n // scale, options.limit), measure(ours, n // scale, options.limit)
-            if theirs and same:
-                ratio = theirs["cpu_s"] / same["cpu_s"]
-                notes.append(f"{peer}: {ratio:.2f} times the CPU time of curate at N = {n // scale:,}")
+        for task, n in others:
+            measure(task, n // scale, options.limit)
+        for peer, tries in peers.items():
+            if "imagededup" in peer and not options.imagededup_python:
+                continue
+            python = options.imagededup_python if "imagededup" in peer else sys.executable
+            theirs = None
+            for n in tries:
+                if not (found := measure(peer, n // scale, options.limit, python)):
+                    break
+                theirs = found
+            if theirs and (same := measure(ours, int(theirs["n"]), options.limit)):
+                ratios = [theirs[of] / same[of] for of in ("cpu_s", "wall_s")]
+                notes.append(
+                    f"{peer}: {ratios[0]:.1f} times the CPU and {ratios[1]:.1f} times the wall time of curate at "
+                    f"N = {int(theirs['n']):,}; recall {theirs['recall']:.4f} and {same['recall']:.4f}"
+                )
     print("\n" + "\n".join(f"- {note}" for note in notes))
 
 

@@ -40,7 +40,7 @@ def test_only_pairs_with_a_new_row_are_compared(tmp_path: Path, rule: DedupSetti
     hashes = [f"{value:016x}" for value in draw.integers(0, 1 << 63, 500, dtype=np.uint64)]
     told = []
     for rows in (300, 300, 400, 500):
-        pool = VectorPool(tmp_path, vectors[:rows], 50, hashes=hashes[:rows])
+        pool = VectorPool(tmp_path, vectors[:rows], 100, hashes=hashes[:rows])
         other = rule if rows < 500 else rule.model_copy(update={"keep": "width, key"})
         _, counts = pool.run(other, map_items=shuffled)
         told.append(counts[f"{rule.by}: pairs compared"])
@@ -58,21 +58,21 @@ def test_the_table_is_the_same_whatever_the_history(
         in_small_cells(monkeypatch)
         monkeypatch.setattr(near_hashes, "ROWS_PER_TASK", 100)
         monkeypatch.setattr(near_hashes, "SHARDS_PER_CHUNK", 2)
-    vectors = planted(1_000)
+    vectors = planted(800)
     hashes = _hashes(vectors)
     compared = []
-    for rows in (550, 750, 1_000):
-        grown = VectorPool(tmp_path / "grown", vectors[:rows], 50, hashes=hashes[:rows])
+    for rows in (600, 800):
+        grown = VectorPool(tmp_path / "grown", vectors[:rows], 100, hashes=hashes[:rows])
         step, counts = grown.run(rule)
         compared.append(counts[f"{rule.by}: pairs compared"])
-    scratch = VectorPool(tmp_path / "scratch", vectors, 50, hashes=hashes)
+    scratch = VectorPool(tmp_path / "scratch", vectors, 100, hashes=hashes)
     again, counts = scratch.run(rule)
     folder = scratch.store.folder(again.tables[0])
     assert grown.store.folder(step.tables[0]) == folder
     assert _files(grown, folder) == _files(scratch, folder)
     assert sum(row["is_duplicate"] for row in scratch.rows(again)) > 100
     if cells or rule is VECTORS:  # few hashes are compared all with all where that is quicker than tables
-        assert compared[2] < 0.6 * counts[f"{rule.by}: pairs compared"]
+        assert compared[1] < 0.6 * counts[f"{rule.by}: pairs compared"]
     assert _names(grown) == _names(scratch)  # nothing of older runs is kept
 
 
@@ -123,11 +123,11 @@ def test_a_killed_refresh_goes_on(tmp_path: Path, monkeypatch: pytest.MonkeyPatc
     """Guards against a run that, killed and begun again, starts from another earlier run or from half of one."""
     monkeypatch.setattr(near_vectors, "CHUNK_BYTES", 20_000)
     vectors = planted(400)
-    scratch = VectorPool(tmp_path / "scratch", vectors, 50)
+    scratch = VectorPool(tmp_path / "scratch", vectors, 100)
     expected = scratch.rows(scratch.run(VECTORS)[0])
-    for limit in (1, 3, 6, 10, 15, 22, 30):
-        VectorPool(tmp_path / f"{limit}", vectors[:300], 50).run(VECTORS)
-        pool = VectorPool(tmp_path / f"{limit}", vectors, 50)
+    for limit in (1, 4, 7, 14):
+        VectorPool(tmp_path / f"{limit}", vectors[:300], 100).run(VECTORS)
+        pool = VectorPool(tmp_path / f"{limit}", vectors, 100)
         left = [limit]
 
         def mortal(function, items, left=left):  # type: ignore[no-untyped-def]
