@@ -91,6 +91,18 @@ def test_fraction_is_of_the_rows_that_the_condition_leaves(pool: tuple[Store, li
     ]  # fmt: skip
 
 
+def test_a_fraction_may_be_of_other_rows(pool: tuple[Store, list[Shard]]) -> None:
+    """Guards against DataComp-1B's best 30 % of the pool read as the best 30 % of what its other filter leaves."""
+    store, shards = pool
+    top = KeepTop(by="score", fraction=0.4, of="width IS NOT NULL")
+    (spec,) = _select(store, shards, {"top": SubsetSettings(where="width > 200", keep_top=top)})
+    # Of 0.9, 0.4, 0.9, 0.7 in both shards: sorted[int(8 * 0.4)] = 0.9; of what is wider than 200 it would be 0.7.
+    reasons = store.read(spec, shards[1].name).column("reason").to_pylist()
+    assert reasons[:5] == [None, "keep_top", "where: width > 200", "unknown: score", "keep_top"]
+    with pytest.raises(PlanError, match=r"subsets\.top\.keep_top\.of"):
+        _select(store, shards, {"top": SubsetSettings(keep_top=KeepTop(by="score", fraction=0.4, of="widht > 1"))})
+
+
 def test_a_fraction_of_nothing_selects_nothing(pool: tuple[Store, list[Shard]]) -> None:
     """Guards against a crash, or everything selected, when no row is eligible."""
     store, shards = pool
