@@ -130,7 +130,10 @@ def _clusters(recipe: Recipe, rows: float, rates: Rates) -> Iterator[Line]:
         sampled = 0 if cells.centroids else cells.iterations * min(rows, cells.points_per_cell * cells.count)
         what = f"{cells.count:,} cells, {'given' if cells.centroids else 'trained'}"
         yield _product("cells", what, rows + sampled, cells.count, cells.by, recipe, rates)
-    if recipe.hierarchy is not None:
+    if recipe.hierarchy is not None and recipe.cells is not None:
+        splits = recipe.hierarchy.splits
+        if splits > 1:
+            yield _product("hierarchy", f"each cell into {splits:,}", rows, splits, recipe.cells.by, recipe, rates)
         yield Line("hierarchy", f"{len(recipe.hierarchy.levels)} levels above the cells", UNKNOWN)
     if recipe.retrieve is not None:
         yield Line("retrieve", f"{len(recipe.retrieve.sets)} sets: seeds are not counted in a plan", UNKNOWN)
