@@ -69,7 +69,8 @@ def require(name: str, where: str) -> Path:
     if found is None:
         weight = named(name)
         how = f"`curate weights pull {name}`" if weight.url or weight.hub else weight.note
-        raise WeightsError(f"{where}: {name} is not on this machine; {how}, or set CURATE_WEIGHTS to its folder")
+        own = "set CURATE_WEIGHTS to its folder" if weight.sha256 or weight.url else "name a file of your own"
+        raise WeightsError(f"{where}: {name} is not on this machine; {how}, or {own}")
     return found
 
 
