@@ -209,6 +209,7 @@ class Codes:
         try:
             index = faiss.index_factory(sample.shape[1], codec)
             if hasattr(index, "pq"):
+                index.do_polysemous_training = False  # an order of centroids for Hamming search: minutes, for nothing
                 index.pq.cp.min_points_per_centroid = 1  # a small pool: FAISS would warn once a quantiser
             index.train(unit(sample))
         except RuntimeError as error:
