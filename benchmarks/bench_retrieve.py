@@ -337,14 +337,14 @@ def bench_plan() -> None:
     for name, products in works.items():
         here = products / RATES["assign_products"] / 3600
         gpu = 2 * products / (RATES["share"] * GPU_FLOPS) / 3600
-        remark = f"{gpu:,.1f} H100-hours: calculated, not measured"
+        remark = f"{gpu:,.1f} H100-hours: calculated from products alone, not measured"
         if ARGS.device != "cpu":
             remark = "measured rate of this GPU"
         row(f"1-billion plan: {name}", f"{here:,.0f} hours of this machine ({where})", remark)
     total = 2 * sum(works.values()) / (RATES["share"] * GPU_FLOPS) / 3600
     row(
         "1-billion plan: all",
-        f"{total:,.0f} H100-hours, calculated",
+        f"{total:,.0f} H100-hours of products, calculated; reading not counted",
         "LVD-142M: 20 nodes x 8 V100 x < 2 days = < 7,680 V100-hours",
     )
 
