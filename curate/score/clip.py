@@ -50,6 +50,7 @@ class Pair:
 class ClipScorer(ImageScorer[Pair]):
     """Runs the image tower once per image and the text tower once per distinct text of a shard."""
 
+    version = 2  # texts are cut behind their end
     settings_type = ClipSettings
     reads_text: ClassVar[bool] = True
 

@@ -21,6 +21,7 @@ from curate.score.scorer import Device
 
 DTYPES = {"fp16": torch.float16, "bf16": torch.bfloat16}
 TEXT_BATCH = 256
+TEXT_STEP = 16  # captions of web pages are 10 to 30 tokens long; the context is 77
 
 Float32 = npt.NDArray[np.float32]
 Uint8 = npt.NDArray[np.uint8]
@@ -56,13 +57,45 @@ class ClipModel:
 
     def embed_texts(self, tokens: npt.NDArray[np.int64]) -> Float32:
         """Unit vectors float32 [N, d] of int64 [N, context]."""
+        lengths = self._lengths(tokens)
+        order = np.argsort(lengths, kind="stable")
         parts = []
         with torch.inference_mode():
-            for start in range(0, len(tokens), TEXT_BATCH):
-                batch = moved(torch.from_numpy(tokens[start : start + TEXT_BATCH]), self._device)
-                with self._autocast():
-                    parts.append(_unit(self._model.encode_text(batch)))
-        return np.concatenate(parts)
+            for same in np.split(order, np.flatnonzero(np.diff(lengths[order])) + 1):
+                for start in range(0, len(same), TEXT_BATCH):
+                    rows = tokens[same[start : start + TEXT_BATCH], : lengths[same[0]]]
+                    with self._autocast():
+                        parts.append(_unit(self._text_features(moved(torch.from_numpy(rows), self._device))))
+        vectors = np.concatenate(parts)
+        return vectors[np.argsort(order)]
+
+    def _lengths(self, tokens: npt.NDArray[np.int64]) -> npt.NDArray[np.int64]:
+        """How many tokens of each text the tower must see, in steps.
+
+        Where attention is causal and the end token's feature is the text's, what stands behind the end changes nothing,
+        and most of a context of 77 does.
+        """
+        context = tokens.shape[1]
+        model = self._model
+        if not (isinstance(model, open_clip.CLIP) and model.attn_mask is not None and model.text_pool_type == "argmax"):
+            return np.full(len(tokens), context)
+        ends = tokens.argmax(axis=1) + 1
+        steps: npt.NDArray[np.int64] = -(-ends // TEXT_STEP)
+        return np.minimum(steps * TEXT_STEP, context)
+
+    def _text_features(self, tokens: torch.Tensor) -> torch.Tensor:
+        """The model's `encode_text`, also for fewer tokens than its context."""
+        model, length = self._model, tokens.shape[1]
+        if length == model.context_length:
+            return cast(torch.Tensor, model.encode_text(tokens))
+        dtype = model.transformer.get_cast_dtype()
+        hidden = model.token_embedding(tokens).to(dtype) + model.positional_embedding[:length].to(dtype)
+        hidden = model.ln_final(model.transformer(hidden, attn_mask=model.attn_mask[:length, :length]))
+        pooled = hidden[torch.arange(len(tokens), device=hidden.device), tokens.argmax(dim=-1)]
+        projection = model.text_projection
+        if projection is not None:
+            pooled = projection(pooled) if isinstance(projection, torch.nn.Linear) else pooled @ projection
+        return cast(torch.Tensor, pooled)
 
     @property
     def scale(self) -> float:

@@ -79,8 +79,8 @@ def test_texts_are_embedded_once(tmp_path: Path) -> None:
     """Guards against paying the text tower for every row of a shard that repeats its captions."""
     scorer = loaded(tiny_clip(tmp_path))
     sizes: list[int] = []
-    real = scorer.model._model.encode_text
-    scorer.model._model.encode_text = lambda tokens: sizes.append(len(tokens)) or real(tokens)
+    real = scorer.model._text_features
+    scorer.model._text_features = lambda tokens: sizes.append(len(tokens)) or real(tokens)
     image = pictures(1)[0]
     scorer.begin()
     for _ in range(3):
@@ -89,6 +89,21 @@ def test_texts_are_embedded_once(tmp_path: Path) -> None:
     scorer.begin()
     scorer.score([scorer.prepare(image, "a")])
     assert sizes == [2, 1]
+
+
+def test_short_texts_cost_little_and_change_nothing(tmp_path: Path) -> None:
+    """Guards against 77 tokens of work for ten of caption, and against another feature than open_clip's."""
+    model = loaded(tiny_clip(tmp_path, context=77)).model
+    texts = ["", "a cat", "word " * 12, "word " * 30, "word " * 200, "a cat on a mat", "word " * 46]
+    tokens = np.stack([model.tokens(text) for text in texts])
+    shapes: list[tuple[int, ...]] = []
+    real = model._text_features
+    model._text_features = lambda rows: shapes.append(tuple(rows.shape)) or real(rows)
+    vectors = model.embed_texts(tokens)
+    assert sorted(shapes) == [(1, 32), (1, 48), (1, 77), (4, 16)]
+    with torch.inference_mode():
+        expected = model._model.encode_text(torch.from_numpy(tokens), normalize=True).numpy()
+    np.testing.assert_allclose(vectors, expected, atol=1e-6)
 
 
 def test_weights_in_a_file_of_the_users(tmp_path: Path) -> None:

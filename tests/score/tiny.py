@@ -19,13 +19,13 @@ from curate.tar import TarWriter
 WIDTH = 24
 
 
-def tiny_clip(folder: Path, *, seed: int = 0, sigmoid: bool = False) -> Path:
+def tiny_clip(folder: Path, *, seed: int = 0, sigmoid: bool = False, context: int = 16) -> Path:
     """A random CLIP of open_clip's own architecture (32 px, 24-d) with its configuration, as `local-dir:` reads it."""
     folder.mkdir(parents=True, exist_ok=True)
     config = {
         "embed_dim": WIDTH,
         "vision_cfg": {"image_size": 32, "layers": 2, "width": 32, "patch_size": 8, "head_width": 16},
-        "text_cfg": {"context_length": 16, "vocab_size": 49408, "width": 32, "heads": 2, "layers": 1},
+        "text_cfg": {"context_length": context, "vocab_size": 49408, "width": 32, "heads": 2, "layers": 1},
     }
     if sigmoid:
         config |= {"init_logit_bias": -10, "init_logit_scale": 2.3}
