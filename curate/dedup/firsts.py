@@ -17,7 +17,6 @@ import pyarrow as pa
 import pyarrow.compute as pc
 
 from curate.across import ROW, verdicts_on
-from curate.dedup.cosine_block import Block
 from curate.dedup.rules import Rule
 from curate.errors import PlanError
 from curate.rows import read_rows, readable
@@ -126,4 +125,6 @@ def _similarity(store: Store, rule: Rule, shard: str, decided: pa.Table) -> npt.
     both: Any = np.concatenate([vectors, np.frombuffer(kept, vectors.dtype).reshape(vectors.shape)])
     place = np.arange(len(vectors))
     wide = both if both.dtype == np.float16 else both.astype(np.float32)
+    from curate.dedup.cosine_block import Block  # noqa: PLC0415  # torch: where vectors are compared
+
     return Block(wide, 0.0, "cpu", cut=False).cosine(place, place + len(vectors))

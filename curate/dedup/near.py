@@ -36,6 +36,7 @@ SHARDS_PER_SPREAD = 200  # near.npz is read once per this many shards
 
 IntArray = npt.NDArray[np.int64]
 FloatArray = npt.NDArray[np.float32]
+VectorArray = npt.NDArray[np.float16] | npt.NDArray[np.float32]
 Records = npt.NDArray[Any]  # structured, with a field `row`
 Edges = tuple[IntArray, FloatArray]  # int64[M, 2] rows of the pool, float32[M] similarity
 FRESH = -1  # the group of a row that no earlier run compared

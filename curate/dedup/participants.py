@@ -7,10 +7,9 @@ import pyarrow as pa
 import pyarrow.compute as pc
 
 from curate.across import ROW
-from curate.dedup.cosine_block import VectorArray
 from curate.dedup.firsts import rows_removed
 from curate.dedup.hamming_tables import HashArray
-from curate.dedup.near import IntArray
+from curate.dedup.near import IntArray, VectorArray
 from curate.dedup.near_hashes import hashes_of
 from curate.dedup.rules import Rule
 from curate.rows import read_rows

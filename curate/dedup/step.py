@@ -14,22 +14,20 @@ from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
 from functools import partial
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
+import numpy.typing as npt
 import pyarrow as pa
 
 from curate.across import ROW, decide_across
 from curate.config import DedupSettings
-from curate.dedup.cells import Recall
 from curate.dedup.firsts import GONE, row_bytes, verdicts_of
 from curate.dedup.known import forget_older, identity_of, known_to, publish
-from curate.dedup.near import Pool, group_near, pool_of
+from curate.dedup.near import FloatArray, IntArray, Pool, group_near, pool_of
 from curate.dedup.near_hashes import search_hashes
-from curate.dedup.near_vectors import founders, search_vectors
 from curate.dedup.participants import dtype_of, hashes_on, vectors_on
-from curate.dedup.recall import measure_pool
-from curate.dedup.references import NearestVectors, keep_reference, kept_reference, nearest_hashes, read_reference
+from curate.dedup.references import keep_reference, kept_reference, nearest_hashes, read_reference
 from curate.dedup.released import member_folders, preferred_release
 from curate.dedup.rules import Rule, rules_of, sums_of
 from curate.dedup.verdicts import (
@@ -52,6 +50,9 @@ from curate.schema import KEY, Shard, TableSpec, fingerprint, inputs_of, pool_di
 from curate.stage import CrossStep, Map
 from curate.store import Store
 from curate.vectors import chunks_of, finish, put_arrays
+
+if TYPE_CHECKING:
+    from curate.dedup.cells import Recall
 
 VERSION = 3
 SHARDS_PER_ASK = 50  # an index of the references is built once per this many shards
@@ -161,7 +162,7 @@ def _tables(rules: Sequence[Rule], columns: Mapping[str, Column]) -> list[TableS
 
 def _decide(
     store: Store, rule: Rule, before: Sequence[Rule], shards: Sequence[Shard], map_items: Map, counts: Counter[str]
-) -> Recall | None:
+) -> "Recall | None":
     """Leave a rule's verdicts in its folder; the recall of its search where it is not exact by construction."""
     recall = None
     values = vectors_on if rule.search == "vectors" else hashes_on
@@ -190,13 +191,16 @@ def _decide(
     return recall
 
 
-def _group(pool: Pool, rule: Rule, shards: Sequence[Shard], map_items: Map) -> tuple[Recall | None, int]:
+def _group(pool: Pool, rule: Rule, shards: Sequence[Shard], map_items: Map) -> "tuple[Recall | None, int]":
     """Find the groups, with what an earlier run knows; the recall of the search, and how many pairs it compared."""
     if rule.refreshed:
         note = pool.place("known.json")
         pool = replace(pool, known=known_to(pool.store, _identity(rule, shards), note, shards))
     if rule.search == "hashes":
         return None, group_near(pool, search_hashes(pool, rule.radius), map_items)
+    from curate.dedup.near_vectors import founders, search_vectors  # noqa: PLC0415  # torch: where vectors are compared
+    from curate.dedup.recall import measure_pool  # noqa: PLC0415  # as above
+
     founding = pool  # SemDeDup's number of cells follows the pool
     if rule.form != "semdedup":
         founding = pool_of(pool.store, pool.folder, pool.everyone, pool.everyone, founders(shards))
@@ -211,20 +215,27 @@ def _group(pool: Pool, rule: Rule, shards: Sequence[Shard], map_items: Map) -> t
 def _identity(rule: Rule, shards: Sequence[Shard]) -> str:
     """What the rule compares and how; for vectors, in which cells."""
     read = {name: rule.columns[name].table.fingerprint for name in ("status", rule.values[0])}
-    how = rule.radius if rule.search == "hashes" else [rule.threshold, pool_digest(founders(shards))]
-    return identity_of(rule.number, rule.kind, how, read)
+    if rule.search == "hashes":
+        return identity_of(rule.number, rule.kind, rule.radius, read)
+    from curate.dedup.near_vectors import founders  # noqa: PLC0415  # torch: where vectors are compared
+
+    return identity_of(rule.number, rule.kind, [rule.threshold, pool_digest(founders(shards))], read)
+
+
+def _nearest(references: npt.NDArray[Any], rule: Rule) -> Callable[[npt.NDArray[Any]], tuple[IntArray, FloatArray]]:
+    if rule.search == "hashes":
+        return partial(nearest_hashes, references=references, radius=rule.radius)
+    from curate.dedup.reference_vectors import NearestVectors  # noqa: PLC0415  # torch: where vectors are compared
+
+    return NearestVectors(references, rule.threshold).of
 
 
 def _ask(pool: Pool, rule: Rule, path: str, chunk: range) -> None:
     """Which reference each row of these shards reaches itself."""
-    references = kept_reference(pool.store, path).values
-    vectors = NearestVectors(references, rule.threshold) if rule.search == "vectors" else None
+    nearest = _nearest(kept_reference(pool.store, path).values, rule)
     for number in chunk:
         values, rows = pool.values(pool.names[number])
-        if vectors is not None:
-            place, similarity = vectors.of(values)
-        else:
-            place, similarity = nearest_hashes(values, references, rule.radius)
+        place, similarity = nearest(values)
         reached = place >= 0
         put_arrays(
             pool.store, pool.place(f"direct/{pool.names[number]}.npz"), row=rows[reached], reference=place[reached],

@@ -207,7 +207,7 @@ class Codes:
     def trained(cls, sample: npt.NDArray[Any], codec: str) -> "Codes":
         """Train on a sample [n, d], as unit vectors. Raises PlanError for a codec that FAISS does not know."""
         try:
-            index = faiss.index_factory(sample.shape[1], codec)
+            index: Any = faiss.index_factory(sample.shape[1], codec)
             if hasattr(index, "pq"):
                 index.do_polysemous_training = False  # an order of centroids for Hamming search: minutes, for nothing
                 index.pq.cp.min_points_per_centroid = 1  # a small pool: FAISS would warn once a quantiser

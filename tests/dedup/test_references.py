@@ -11,7 +11,8 @@ from hypothesis import strategies as st
 
 from curate.config import DedupSettings, ReferenceSettings
 from curate.dedup.near_hashes import hashes_of
-from curate.dedup.references import NearestVectors, nearest_hashes, read_reference
+from curate.dedup.reference_vectors import NearestVectors
+from curate.dedup.references import nearest_hashes, read_reference
 from curate.errors import PlanError
 from tests.dedup.pool import VectorPool, cosines
 
