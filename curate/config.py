@@ -13,6 +13,7 @@ import yaml
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator, model_validator
 
 from curate.errors import ConfigError
+from curate.overrides import apply
 
 Fraction = Annotated[float, Field(gt=0, le=1)]
 Positive = Annotated[int, Field(gt=0)]
@@ -347,7 +348,7 @@ def load_recipe(path: str | Path, overrides: Sequence[str] = ()) -> Recipe:
     if not isinstance(tree, dict):
         raise ConfigError(f"{path}: expected a mapping with `root:` and `ingest:`, found {type(tree).__name__}")
     for override in overrides:
-        _apply(tree, override)
+        apply(tree, override)
     return parse_recipe(tree, str(path))
 
 
@@ -366,38 +367,3 @@ def _complaint(item: Any) -> str:
     if item["type"] == "missing":
         return f"{key}: required, and not there"
     return f"{key}: {item['msg']}; found {item['input']!r}"[:500]
-
-
-def _apply(tree: dict[str, Any], override: str) -> None:
-    path, equals, text = override.partition("=")
-    keys = path.split(".")
-    if not equals or not all(keys):
-        raise ConfigError(f"--set {override}: expected section.key=value, e.g. --set emit.seed=1")
-    try:
-        value = yaml.safe_load(text)
-    except yaml.YAMLError as error:
-        raise ConfigError(f"--set {override}: the value is not YAML: {error}") from None
-    node: Any = tree
-    for depth, key in enumerate(keys[:-1]):
-        node = _child(node, key, override)
-        if node is None or not isinstance(node, dict | list):
-            raise ConfigError(f"--set {override}: {'.'.join(keys[: depth + 1])} is not a section")
-    last = keys[-1]
-    if isinstance(node, list):
-        node[_index(node, last, override)] = value
-    else:
-        node[last] = value
-
-
-def _child(node: Any, key: str, override: str) -> Any:
-    if isinstance(node, list):
-        return node[_index(node, key, override)]
-    if node.get(key) is None:
-        node[key] = {}
-    return node[key]
-
-
-def _index(node: list[Any], key: str, override: str) -> int:
-    if not key.isdigit() or int(key) >= len(node):
-        raise ConfigError(f"--set {override}: {key!r} is not a place in a list of {len(node)}")
-    return int(key)
