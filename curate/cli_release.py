@@ -86,6 +86,11 @@ def export(
 
     root, name = release_of(release)
     folder = f"{root}/releases/{name}"
+    store = Store(root)
+    if store.is_local and out_folder.resolve().is_relative_to(Path(store.full("")).resolve()):
+        raise PlanError(
+            f"--out {out_folder}: lies in {root}, which holds a run and nothing else; choose another folder"
+        )
     if push is not None and form is not Form.datasets:
         raise PlanError("--push: uploads what --as datasets describes; write --as datasets")
     path = EXPORTS[form.value](folder, only_subset(folder, subset), out_folder)

@@ -200,10 +200,13 @@ def _place(out: Path, name: str) -> Path:
 
 
 class _Writer:
-    """A Parquet file whose schema may come with its first table; an empty one without columns if none comes."""
+    """A Parquet file whose schema may come with its first table; an empty one without columns if none comes.
+
+    It takes its place when it is whole: an export that fails leaves what was there.
+    """
 
     def __init__(self, path: Path, schema: pa.Schema | None = None) -> None:
-        self._path, self._schema = path, schema
+        self._path, self._partial, self._schema = path, path.with_name(f"{path.name}.part"), schema
         self._file: pq.ParquetWriter | None = None
 
     def __enter__(self) -> "_Writer":
@@ -211,10 +214,14 @@ class _Writer:
 
     def write(self, table: pa.Table) -> None:
         if self._file is None:
-            self._file = pq.ParquetWriter(self._path, table.schema, compression="zstd")
+            self._file = pq.ParquetWriter(self._partial, table.schema, compression="zstd")
         self._file.write_table(table)
 
     def __exit__(self, kind: object, error: object, trace: object) -> None:
         if self._file is None:
-            self._file = pq.ParquetWriter(self._path, self._schema or pa.schema([]))
+            self._file = pq.ParquetWriter(self._partial, self._schema or pa.schema([]))
         self._file.close()
+        if error is None:
+            self._partial.replace(self._path)
+        else:
+            self._partial.unlink()

@@ -17,14 +17,21 @@ from curate.store import Store
 
 
 def export_datasets(release: str, subset: str, out: Path) -> Path:
-    """`<out>/README.md`, `croissant.json`, `<subset>/*.tar`: `datasets.load_dataset(<out>)`. Raises PlanError."""
+    """`<out>/README.md`, `croissant.json`, `<subset>/*.tar`: `datasets.load_dataset(<out>)`. Raises PlanError.
+
+    Tars of an earlier export that this release does not have are deleted: samples may have been taken back since.
+    """
     store = Store(release)
     refuse_withdrawn(store, "")
     export_croissant(release, subset, out)
     (out / "README.md").write_text(_card(store.get_bytes("README.md").decode(), subset), encoding="utf-8")
     (out / subset).mkdir(parents=True, exist_ok=True)
-    for name in store.names(subset):
+    names = store.names(subset)
+    for name in names:
         _place(store, f"{subset}/{name}", out / subset / name)
+    for stale in (out / subset).glob("*.tar"):
+        if stale.name not in names:
+            stale.unlink()
     _place(store, "release.json", out / "release.json")
     return out
 

@@ -3,7 +3,8 @@
 As MetaCLIP's loader expects it (facebookresearch/MetaCLIP metaclip/pipeline.py; RECIPES 6): uuid is the first 24 digits
 of the URL's sha224, and the JSON holds `texts`, a list of [key, text]. A picture that stands there with several texts
 is one entry with all of them. Unlike the other exports this one copies pictures, a tar at a time. One that is no JPEG
-keeps its bytes under the name `.jpeg`: who reads them goes by their content. Rows without a text are left out.
+keeps its bytes under the name `.jpeg`: who reads them goes by their content. Rows without a text are left out. Tars of
+an earlier, longer export in the same folder are deleted.
 """
 
 import hashlib
@@ -31,8 +32,9 @@ def export_metaclip(release: str, subset: str, out: Path) -> Path:
         known = ", ".join(note["subsets"]) if note else "no release.json is there"
         raise PlanError(f"{release}: no subset {subset} ({known})")
     refuse_withdrawn(store, "")
+    tars = 0
     for number, rows in enumerate(_pictures(store, subset)):
-        path = out / str(number % 100) / f"{number}.tar"
+        path = _place(out, number)
         path.parent.mkdir(parents=True, exist_ok=True)
         partial = path.with_suffix(".part")
         with partial.open("wb") as stream:
@@ -43,7 +45,15 @@ def export_metaclip(release: str, subset: str, out: Path) -> Path:
                 tar.add(f"{uuid}.jpeg", data)
             tar.finish()
         partial.replace(path)
+        tars = number + 1
+    while (stale := _place(out, tars)).exists():
+        stale.unlink()
+        tars += 1
     return out
+
+
+def _place(out: Path, number: int) -> Path:
+    return out / str(number % 100) / f"{number}.tar"
 
 
 def _pictures(store: Store, subset: str) -> Iterator[pa.Table]:

@@ -81,9 +81,11 @@ def test_dinov2_reads_our_tars(release: Path, tmp_path: Path) -> None:
 
 
 def test_unknown_subset_is_named(release: Path, tmp_path: Path) -> None:
-    """Guards against an empty export of a misspelt subset."""
+    """Guards against an empty export of a misspelt subset, in the place of a good one."""
+    good = EXPORTS["coyo"](str(release), "good", tmp_path).read_bytes()
     with pytest.raises(PlanError, match="no subset godo"):
         EXPORTS["coyo"](str(release), "godo", tmp_path)
+    assert [path.read_bytes() for path in tmp_path.iterdir()] == [good]
 
 
 @pytest.mark.filterwarnings("ignore::DeprecationWarning")
@@ -143,9 +145,13 @@ def test_croissant_names_files_and_columns_that_are_there(release: Path, tmp_pat
 
 
 def test_datasets_folder_loads_and_is_uploaded(release: Path, tmp_path: Path) -> None:
-    """Guards against a folder that `datasets` cannot load, and an upload that leaves files out."""
+    """Guards against a folder that `datasets` cannot load, an upload that leaves files out, and tars of an earlier
+    release that stay in it, with samples that were taken back since.
+    """
     import datasets
 
+    (tmp_path / "out" / "good").mkdir(parents=True)
+    (tmp_path / "out" / "good" / "00077.tar").write_bytes(b"of an earlier release")
     folder = EXPORTS["datasets"](str(release), "good", tmp_path / "out")
     data = datasets.load_dataset(str(folder), split="train", streaming=True)
     assert sorted(row["__key__"] for row in data) == sorted(_keys(release, "good"))

@@ -23,7 +23,11 @@ def test_metaclip_layout(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Non
     shards = make_pool(store)
     run(emitter(store, shards, recipe_with({"good": {"where": "score > 0.3"}}, samples_per_shard=40)), store, shards)
     release = tmp_path / "root" / "releases" / str(latest_release(store))
-    out = EXPORTS["metaclip"](str(release), "good", tmp_path / "out")
+    out = tmp_path / "out"
+    for number in range(30):  # of an earlier, longer export
+        (out / str(number)).mkdir(parents=True)
+        (out / str(number) / f"{number}.tar").write_bytes(b"")
+    EXPORTS["metaclip"](str(release), "good", out)
     rows = [row for row in pq.read_table(release / "manifest.parquet").to_pylist() if row["text"] is not None]
     by_url = {row["url"]: row for row in rows}
     found = {}

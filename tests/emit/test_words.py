@@ -7,6 +7,7 @@ from typer.testing import CliRunner
 
 from curate.cli import app
 from curate.emit.step import latest_release
+from curate.emit.verify import verify_release
 from curate.engine.job import pack_spec
 from curate.store import Store
 from tests.emit.pool import SAMPLES, emitter, make_pool, recipe_with, run
@@ -32,13 +33,18 @@ def test_remove_and_export(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("words", [["remove", "ROOT", "--keys", "missing.txt"], ["export", "ROOT", "--as", "coyo",
-                                   "--out", "x", "--push", "a/b"]])  # fmt: skip
+                                   "--out", "x", "--push", "a/b"], ["export", "ROOT", "--as", "datasets",
+                                   "--out", "ROOT/releases/NAME"]])  # fmt: skip
 def test_what_cannot_be_done_is_said(tmp_path: Path, words: list[str]) -> None:
-    """Guards against a traceback for a mistyped file."""
+    """Guards against a traceback for a mistyped file, and a release that its own export overwrites."""
     store = Store(str(tmp_path))
     shards = make_pool(store, shards=1)
     run(emitter(store, shards, recipe_with({"all": {}})), store, shards)
-    assert CliRunner().invoke(app, [store.root if word == "ROOT" else word for word in words]).exit_code == 2
+    name = str(latest_release(store))
+    typed = [word.replace("ROOT", store.root).replace("NAME", name) for word in words]
+    found = CliRunner().invoke(app, typed)
+    assert found.exit_code == 2 and "PlanError" in found.output
+    verify_release(store.root, name)
 
 
 def test_status_tells_of_a_killed_removal(tmp_path: Path) -> None:
