@@ -134,13 +134,13 @@ class CellsSettings(LevelSettings):
     """k-means cells of the pool's vectors: what retrieval searches and balanced sampling counts."""
 
     by: str  # a column of embeddings, e.g. clip_vitl14_image
-    where: str | None = None  # SQL: only these rows take part, e.g. NOT is_duplicate
+    where: str | None = None  # SQL: only these rows are counted, searched and sampled, e.g. NOT is_duplicate
     metric: Literal["cosine", "l2", "ip"] = "cosine"  # ip: trained as l2, assigned by inner product, as DataComp does
     init: Literal["kmeans++", "random"] = "kmeans++"
     iterations: Annotated[int, Field(ge=0)] = 20
     points_per_cell: Positive = 256  # of the sample that k-means is trained on
     seed: int = 0
-    centroids: str | None = None  # .npy, or _cells/*/centroids.npz of a run: no training; new shards are only assigned
+    centroids: str | None = None  # .npy, or _cells/*/centroids.npz of a run: no training, whatever the pool grows to
 
 
 class SeedSet(Settings):

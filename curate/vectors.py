@@ -129,6 +129,13 @@ def pool_of(
     return pool
 
 
+def founders(shards: Sequence[Shard]) -> Sequence[Shard]:
+    """The first shards, up to the largest power of two of rows that the pool has: what is trained on them outlives a
+    refresh, and over all refreshes a pool is trained anew as often as it doubles."""
+    ends = np.cumsum([0, *(shard.rows for shard in shards)])
+    return shards[: int(np.searchsorted(ends, 1 << max(0, int(ends[-1]).bit_length() - 1)))]
+
+
 def matrix(column: pa.ChunkedArray) -> tuple[npt.NDArray[Any], npt.NDArray[np.bool_]]:
     """(the vectors that are there [m, d], which rows have one bool[n]) of a column of fixed-size lists."""
     width = column.type.list_size

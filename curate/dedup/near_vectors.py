@@ -42,7 +42,7 @@ from curate.dedup.near import FRESH, Edges, IntArray, Pool, Records
 from curate.dedup.semdedup import rank_rows, similarity_to_earlier
 from curate.schema import Shard
 from curate.store import Store
-from curate.vectors import get_arrays, put_arrays
+from curate.vectors import founders, get_arrays, put_arrays
 
 BoolArray = npt.NDArray[np.bool_]
 Form = Literal["threshold", "dinov2", "semdedup"]
@@ -232,12 +232,9 @@ def pairs_with_fresh(fresh: BoolArray) -> int:
     return new * (new - 1) // 2 + new * (len(fresh) - new)
 
 
-def founders(shards: Sequence[Shard]) -> Sequence[Shard]:
-    """The first shards, up to the largest power of two of rows that the pool has; none, where one cell holds it."""
-    ends = np.cumsum([0, *(shard.rows for shard in shards)])
-    if ends[-1] <= ONE_CELL * ROWS_PER_CELL:
-        return []
-    return shards[: int(np.searchsorted(ends, 1 << (int(ends[-1]).bit_length() - 1)))]
+def founding_shards(shards: Sequence[Shard]) -> Sequence[Shard]:
+    """The founders, on which cells are trained; none, where one cell holds the pool."""
+    return founders(shards) if sum(shard.rows for shard in shards) > ONE_CELL * ROWS_PER_CELL else []
 
 
 def search_vectors(

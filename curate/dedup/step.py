@@ -198,12 +198,12 @@ def _group(pool: Pool, rule: Rule, shards: Sequence[Shard], map_items: Map) -> "
         pool = replace(pool, known=known_to(pool.store, _identity(rule, shards), note, shards))
     if rule.search == "hashes":
         return None, group_near(pool, search_hashes(pool, rule.radius), map_items)
-    from curate.dedup.near_vectors import founders, search_vectors  # noqa: PLC0415  # torch: where vectors are compared
+    from curate.dedup.near_vectors import founding_shards, search_vectors  # noqa: PLC0415  # torch: for vectors only
     from curate.dedup.recall import measure_pool  # noqa: PLC0415  # as above
 
     founding = pool  # SemDeDup's number of cells follows the pool
     if rule.form != "semdedup":
-        founding = pool_of(pool.store, pool.folder, pool.everyone, pool.everyone, founders(shards))
+        founding = pool_of(pool.store, pool.folder, pool.everyone, pool.everyone, founding_shards(shards))
     search = search_vectors(
         pool, founding, rule.form, rule.threshold, rule.settings.neighbours, rule.settings.cells,
         rule.columns[rule.values[0]].type.list_size, dtype_of(rule),
@@ -217,9 +217,9 @@ def _identity(rule: Rule, shards: Sequence[Shard]) -> str:
     read = {name: rule.columns[name].table.fingerprint for name in ("status", rule.values[0])}
     if rule.search == "hashes":
         return identity_of(rule.number, rule.kind, rule.radius, read)
-    from curate.dedup.near_vectors import founders  # noqa: PLC0415  # torch: where vectors are compared
+    from curate.dedup.near_vectors import founding_shards  # noqa: PLC0415  # torch: where vectors are compared
 
-    return identity_of(rule.number, rule.kind, [rule.threshold, pool_digest(founders(shards))], read)
+    return identity_of(rule.number, rule.kind, [rule.threshold, pool_digest(founding_shards(shards))], read)
 
 
 def _nearest(references: npt.NDArray[Any], rule: Rule) -> Callable[[npt.NDArray[Any]], tuple[IntArray, FloatArray]]:

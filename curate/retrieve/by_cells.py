@@ -78,15 +78,17 @@ def verdicts(work: Retrieval, number: int) -> tuple[Int64, Int64]:
 
 def _in_chosen_cells(pool: Pool, place: Place, folder: str, shard: str) -> pa.Table:
     chosen: npt.NDArray[np.bool_] = np.any(get_arrays(pool.store, f"{folder}/chosen.npz")["chosen"], axis=0)
-    table = rows_by_cell(pool.store, place, shard)
+    table = rows_by_cell(pool, place, shard)
     return table.filter(pa.array(chosen[np.asarray(table["cell"])]))
 
 
-def rows_by_cell(store: Store, place: Place | Splits, shard: str) -> pa.Table:
-    """row_, value_ (what brings a cell together), cell, distance and the first 64 bits of the key, of rows with one."""
-    keys = key_numbers(store.read(place.spec, shard, [KEY.name])[KEY.name].to_pylist())
-    cells, distances = place.read(store, shard)
-    rows = np.flatnonzero(cells >= 0)
+def rows_by_cell(pool: Pool, place: Place | Splits, shard: str) -> pa.Table:
+    """row_, value_ (what brings a cell together), cell, distance and the first 64 bits of the key, of the rows with a
+    cell that take part."""
+    table, taking_part = pool.taking_part(pool.names.index(shard))
+    keys = key_numbers(table[KEY.name].to_pylist())
+    cells, distances = place.read(pool.store, shard)
+    rows = np.flatnonzero((cells >= 0) & taking_part)
     names = {cell: blake2b(str(cell).encode(), digest_size=16).digest() for cell in np.unique(cells[rows]).tolist()}
     values = [names[cell] for cell in cells[rows].tolist()]
     return pa.table({
@@ -154,7 +156,7 @@ def sample(
     pool: Pool, place: Place | Splits, settings: HierarchySettings, work: str, shards: Sequence[Shard], map_items: Map
 ) -> None:
     """Draw each target's images under the quotas in `<work>/quotas.npz`; `drawn` then gives those of a shard."""
-    candidates = partial(rows_by_cell, pool.store, place)
+    candidates = partial(rows_by_cell, pool, place)
     decide_across(pool.store, work, shards, map_items, candidates, partial(_balance, pool, place, settings, work))
 
 

@@ -1,8 +1,8 @@
 """The cells of a pool as files in the store: trained once, assigned shard by shard, dealt out for searching.
 
     _cells/<fingerprint>/centroids.npy      float32[c, d]
-    _cells/<fingerprint>/sizes.npz          rows in each cell
-    _cells/<fingerprint>/facts.json         rows, imbalance, empty cells, for people
+    _cells/<fingerprint>/<count>/sizes.npz  rows in each cell, of those of a pool that take part
+    _cells/<fingerprint>/<count>/facts.json their number, imbalance, empty cells, for people
     <work>/pool/<part>/<chunk>.npz          rows, cells and vectors of a chunk of shards, dealt by ranges of cells
 
 Everything is an item of work for any worker, k-means too. No process holds more vectors than the sample that k-means
@@ -10,7 +10,7 @@ sees, a chunk of shards or a range of cells.
 """
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import lru_cache, partial
 from typing import Any
 
@@ -38,10 +38,11 @@ RADIUS_DIGITS = 4
 
 @dataclass(frozen=True)
 class Place:
-    """Where a partition lies, and how its cells are found."""
+    """Where a partition lies, how its cells are found, and where the sizes of a pool's cells are."""
 
     spec: TableSpec
     metric: str
+    count: str
 
     @property
     def folder(self) -> str:
@@ -53,11 +54,11 @@ class Place:
         return _load(store.root, f"{self.folder}/centroids.npz", self.metric)
 
     def sizes(self, store: Store) -> Int64:
-        """Rows in each cell."""
-        return np.asarray(get_arrays(store, f"{self.folder}/sizes.npz")["sizes"], np.int64)
+        """Rows in each cell, of those that take part."""
+        return np.asarray(get_arrays(store, f"{self.count}/sizes.npz")["sizes"], np.int64)
 
     def read(self, store: Store, shard: str) -> tuple[npt.NDArray[np.int32], npt.NDArray[np.float32]]:
-        """(cell int32[n], -1 for none; distance float32[n], NaN for none) of a shard's rows."""
+        """(cell int32[n], -1 for none; distance float32[n], NaN for none) of a shard's rows, of all that have one."""
         table = store.read(self.spec, shard, ["cell", "distance"])
         cell, distance = table["cell"].fill_null(-1), table["distance"].fill_null(float("nan"))
         return np.asarray(cell, dtype=np.int32), np.asarray(distance, dtype=np.float32)
@@ -68,22 +69,22 @@ def _load(root: str, path: str, metric: Any) -> Cells:
     return Cells(get_arrays(Store(root), path)["centroids"], metric)
 
 
-def prepare(pool: Pool, place: Place, settings: CellsSettings, work: str, map_items: Map) -> None:
-    """Write the centroids: the recipe's own, or trained on a sample of the pool."""
+def prepare(founding: Pool, place: Place, settings: CellsSettings, work: str, map_items: Map) -> None:
+    """Write the centroids: the recipe's own, or trained on a sample of the founders."""
     path = f"{place.folder}/centroids.npz"
     if settings.centroids is None:
         how = KMeans(
             settings.count, settings.metric, settings.init, settings.iterations, settings.points_per_cell,
             settings.seed, settings.resampling, settings.sample_size,
         )  # fmt: skip
-        levels.train(pool, how, path, work, map_items)
-    elif not pool.store.exists(path):
+        levels.train(founding, how, path, work, map_items)
+    elif not founding.store.exists(path):
         count = vector_files.length_of(settings.centroids, None)
         centroids = vector_files.read_span(settings.centroids, None, 0, count).astype(np.float32)
-        if centroids.shape != (settings.count, pool.width):
-            expected = (settings.count, pool.width)
+        expected = (settings.count, founding.width)
+        if centroids.shape != expected:
             raise PlanError(f"cells.centroids: {settings.centroids} is {centroids.shape}, expected {expected}")
-        put_arrays(pool.store, path, centroids=centroids)
+        put_arrays(founding.store, path, centroids=centroids)
 
 
 def assign_all(pool: Pool, place: Place, shards: Sequence[Shard], map_items: Map, ticker: Ticker) -> Mapping[str, int]:
@@ -96,7 +97,7 @@ def assign_all(pool: Pool, place: Place, shards: Sequence[Shard], map_items: Map
         radius[cells] = np.maximum(radius[cells], furthest)
         without += none
         ticker.advance(1)
-    put_arrays(pool.store, f"{place.folder}/sizes.npz", sizes=sizes)
+    put_arrays(pool.store, f"{place.count}/sizes.npz", sizes=sizes)
     rows = int(sizes.sum())
     imbalance = count * float((sizes.astype(np.float64) ** 2).sum()) / rows**2 if rows else 0.0
     facts: dict[str, Any] = {
@@ -104,7 +105,7 @@ def assign_all(pool: Pool, place: Place, shards: Sequence[Shard], map_items: Map
         "largest_cell": int(sizes.max()), "median_cell": int(np.median(sizes)), "imbalance": round(imbalance, 4),
         "largest_radius": round(float(radius.max()), RADIUS_DIGITS) if rows else None,
     }  # fmt: skip
-    pool.store.put_json(f"{place.folder}/facts.json", facts)
+    pool.store.put_json(f"{place.count}/facts.json", facts)
     return {
         "rows in cells": rows, "rows without a cell": without, "cells": count, "empty cells": facts["empty_cells"],
         "largest cell": facts["largest_cell"], "imbalance × 100": round(100 * imbalance),
@@ -112,10 +113,11 @@ def assign_all(pool: Pool, place: Place, shards: Sequence[Shard], map_items: Map
 
 
 def _assign(pool: Pool, place: Place, item: tuple[int, Shard]) -> tuple[Int64, Int64, npt.NDArray[np.float64], int]:
-    """Assign a shard unless it is; (cells with rows, their rows, their largest distances, rows without a cell)."""
+    """Assign a shard unless it is; of the rows that take part (cells with rows, their rows, their largest distances),
+    and how many rows are in none."""
     number, shard = item
     if not pool.store.has(place.spec, shard.name):
-        part = pool.read(number)
+        part = replace(pool, where=None).read(number)
         members = np.full(shard.rows, -1, np.int32)
         away = np.full(shard.rows, np.nan, np.float32)
         for cells, distances in kernels.assign(place.cells(pool.store), [part.vectors], device()):
@@ -127,7 +129,7 @@ def _assign(pool: Pool, place: Place, item: tuple[int, Shard]) -> tuple[Int64, I
         arrays = [pa.array(members, pa.int32(), mask=none), pa.array(away, pa.float32(), mask=none)]
         pool.store.write(place.spec, shard, pa.table([keys, *arrays], schema=place.spec.schema), aligned_with=aligned)
     members, away = place.read(pool.store, shard.name)
-    there = members >= 0
+    there = (members >= 0) & pool.taking_part(number)[1]
     cells, rows = np.unique(members[there], return_counts=True)
     furthest = np.full(len(cells), -np.inf)
     np.maximum.at(furthest, np.searchsorted(cells, members[there]), away[there].astype(np.float64))

@@ -27,7 +27,6 @@ from curate.retrieve import cells as kernels
 from curate.retrieve.cells import Cells
 from curate.retrieve.levels import GPU_OF_A_PASS, device
 from curate.retrieve.partition import Place, deal_pool, parts_of, read_part
-from curate.schema import TableSpec
 from curate.stage import Map
 from curate.store import Store
 from curate.vectors import Int64, Pool, chunks_of, finish, get_arrays, hashed, put_arrays
@@ -41,7 +40,6 @@ SHARDS_PER_RETURN = 200  # files of clusters are read once per this many shards
 class Splits:
     """Where the clusters of all cells lie, numbered through the parts; read like a `Place`."""
 
-    spec: TableSpec  # of the cells
     work: str
 
     def files(self, store: Store) -> tuple[tuple[str, int], ...]:
@@ -66,7 +64,7 @@ def split(
     pool: Pool, place: Place, settings: HierarchySettings, shards: Sequence[str], work: str, map_items: Map
 ) -> Splits:
     """Cut every cell into at most `settings.splits` clusters; every pass writes only what is missing."""
-    store, splits = pool.store, Splits(place.spec, work)
+    store, splits = pool.store, Splits(work)
     parts = parts_of(place.sizes(store), 2 * pool.width)
     deal_pool(pool, place, parts, work, map_items)
     done = set(store.names(f"{work}/sizes"))

@@ -1,8 +1,12 @@
 """Steps across shards: the pool's cells, retrieval near seed sets, and balanced sampling under a tree of cells.
 
-    cells                  cell, distance                                 which cell a row's vector is in
+    cells                  cell, distance                                 which cell a row's vector is nearest to
     retrieved              is_retrieved, retrieved_by, …                  which seed sets retrieve it
     hierarchical_sample    hierarchical_sample_<target>                   how often a balanced sample takes it
+
+Cells are trained on the pool's founders (`curate.vectors.founders`) and know no condition, so that a refresh assigns
+new shards alone: `cells.where`, which each refresh may answer otherwise (NOT is_duplicate), says which rows are then
+counted, searched and sampled. Once a pool has doubled, all is trained and assigned anew.
 
 Declared here so that a plan loads neither torch nor FAISS; the passes are in `partition`, `seeds`, `sample_based`,
 `by_cells` and `gather`. All of them leave whole files in the store: killed anywhere, a second run goes on to the same
@@ -10,7 +14,7 @@ rows, and so does any number of workers.
 """
 
 from collections.abc import Mapping, Sequence
-from typing import Any, cast
+from typing import TYPE_CHECKING, Any, cast
 
 import pyarrow as pa
 
@@ -18,10 +22,13 @@ from curate.config import CellsSettings, HierarchySettings, RetrieveSettings
 from curate.errors import PlanError
 from curate.metrics import Ticker
 from curate.retrieve.vector_files import digest_of
-from curate.schema import KEY, Shard, TableSpec, inputs_of, pool_digest
+from curate.schema import KEY, Shard, TableSpec, fingerprint, inputs_of, pool_digest
 from curate.stage import CrossStep, Map
 from curate.store import Store
-from curate.vectors import Pool, pool_of
+from curate.vectors import founders, pool_of
+
+if TYPE_CHECKING:
+    from curate.retrieve.partition import Place
 
 CELLS = (pa.field("cell", pa.int32()), pa.field("distance", pa.float32()))
 RETRIEVED = (
@@ -35,7 +42,7 @@ RETRIEVED = (
 
 
 class CellsStep(CrossStep):
-    """Writes `cells`: null for rows that do not take part or whose vector is unusable."""
+    """Writes `cells`: null for rows without an image or a usable vector. `read`: what decides who is in which cell."""
 
     name = "cells"
 
@@ -45,34 +52,41 @@ class CellsStep(CrossStep):
         self.settings = settings
         self.given, self.shards = tuple(tables), tuple(shards)
         self.pool = pool_of(store, tables, shards, settings.by, settings.where, self.name)
-        identity = settings.model_dump(mode="json")
+        self._founding = pool_of(store, tables, founders(shards), settings.by, None, self.name)
+        identity = settings.model_dump(mode="json", exclude={"where"})
         if settings.centroids is None:
-            identity["pool"] = pool_digest(shards)
-        else:  # nothing is trained: a row's cell depends on no other row, and a refresh only adds shards
+            identity["founders"] = pool_digest(founders(shards))
+        else:
             identity["centroids"] = digest_of(settings.centroids, "cells.centroids")
-        self._spec = TableSpec("cells", 1, pa.schema([KEY, *CELLS]), identity, inputs_of(self.pool.tables))
+        self._spec = TableSpec("cells", 2, pa.schema([KEY, *CELLS]), identity, inputs_of(self._founding.tables))
         self.tables = (self._spec,)
+        self.read = tuple({spec.name: spec for spec in (*self.pool.tables, self._spec)}.values())
+        self.identity = {"pool": pool_digest(shards), "where": settings.where}  # of what is done with the cells
+        self._count = f"_cells/{self._spec.fingerprint}/{fingerprint(self.identity, inputs_of(self.read))}"
 
     @property
     def facts(self) -> str:
         """Where the facts of the partition are kept."""
-        return f"_cells/{self._spec.fingerprint}/facts.json"
+        return f"{self._count}/facts.json"
+
+    @property
+    def place(self) -> "Place":
+        """The partition, as the passes over it see it."""
+        from curate.retrieve.partition import Place  # noqa: PLC0415  # torch and FAISS: not for a plan
+
+        return Place(self._spec, self.settings.metric, self._count)
 
     def done(self, store: Store, shards: Sequence[Shard]) -> bool:
         """Whether every shard has its cells, and the pool its sizes."""
-        known = store.get_json(self.facts)
-        rows = sum(shard.rows for shard in shards)
-        counted = known is not None and known["rows"] + known["rows_without_cell"] == rows
-        return counted and {shard.name for shard in shards} <= store.done(self._spec)
+        return store.exists(self.facts) and {shard.name for shard in shards} <= store.done(self._spec)
 
     def run(self, store: Store, shards: Sequence[Shard], map_items: Map, ticker: Ticker) -> Mapping[str, int]:
         """Train and assign; counts are those of the partition."""
         from curate.retrieve import partition  # noqa: PLC0415  # torch and FAISS: not for a plan
 
-        place = partition.Place(self._spec, self.settings.metric)
         work = f"_work/cells/{self._spec.fingerprint}"
-        partition.prepare(self.pool, place, self.settings, work, map_items)
-        counts = partition.assign_all(self.pool, place, shards, map_items, ticker)
+        partition.prepare(self._founding, self.place, self.settings, work, map_items)
+        counts = partition.assign_all(self.pool, self.place, shards, map_items, ticker)
         store.remove_tree(work)
         return counts
 
@@ -92,8 +106,8 @@ class RetrieveStep(CrossStep):
     def __init__(self, settings: RetrieveSettings, cells: CellsStep, embedded: Mapping[str, str]) -> None:
         self.settings, self._cells, self._embedded = settings, cells, embedded
         _bytes_a_row(settings.codes, cells.pool.width)
-        identity = settings.model_dump(mode="json") | {"pool": pool_digest(cells.shards)}
-        read = {spec.name: spec for spec in (*cells.pool.tables, *cells.tables)}
+        identity = settings.model_dump(mode="json") | cells.identity
+        read = {spec.name: spec for spec in cells.read}
         for one, plain in zip(settings.sets, identity["sets"], strict=True):
             place = f"retrieve.sets.{one.name}"
             if one.embeddings is not None:
@@ -124,8 +138,7 @@ class RetrieveStep(CrossStep):
         """Retrieve; counts are the images that each set gives."""
         from curate.retrieve import by_cells, gather, partition, sample_based, seeds  # noqa: PLC0415  # torch, FAISS
 
-        place = partition.Place(self._cells.tables[0], self._cells.settings.metric)
-        pool = self._cells.pool
+        pool, place = self._cells.pool, self._cells.place
         parts = partition.parts_of(place.sizes(store), _bytes_a_row(self.settings.codes, pool.width))
         folder = f"_work/retrieved/{self._spec.fingerprint}"
         work = seeds.Retrieval(pool, place, self.settings, parts, folder, self._embedded)
@@ -172,8 +185,8 @@ class HierarchyStep(CrossStep):
             raise PlanError("hierarchy.splits: a level has either splits or resampling; set cells.resampling: 0")
         self.settings, self._cells = settings, cells
         fields = [pa.field(f"hierarchical_sample_{target}", pa.int32()) for target in settings.targets]
-        identity = settings.model_dump(mode="json") | {"pool": pool_digest(cells.shards)}
-        self._spec = TableSpec("hierarchical_sample", 1, pa.schema([KEY, *fields]), identity, inputs_of(cells.tables))
+        identity = settings.model_dump(mode="json") | cells.identity
+        self._spec = TableSpec("hierarchical_sample", 1, pa.schema([KEY, *fields]), identity, inputs_of(cells.read))
         self.tables = (self._spec,)
 
     def done(self, store: Store, shards: Sequence[Shard]) -> bool:
@@ -182,11 +195,10 @@ class HierarchyStep(CrossStep):
 
     def run(self, store: Store, shards: Sequence[Shard], map_items: Map, ticker: Ticker) -> Mapping[str, int]:
         """Build the tree over the centroids, share out the targets, draw; counts are the images of each target."""
-        from curate.retrieve import partition, tree  # noqa: PLC0415  # torch and FAISS: not for a plan
+        from curate.retrieve import tree  # noqa: PLC0415  # torch and FAISS: not for a plan
 
-        place = partition.Place(self._cells.tables[0], self._cells.settings.metric)
         work = f"_work/hierarchical_sample/{self._spec.fingerprint}"
-        pool: Pool = self._cells.pool
+        pool, place = self._cells.pool, self._cells.place
         counts = tree.sample(pool, place, self.settings, self._spec, work, shards, map_items, ticker)
         store.remove_tree(work)
         return counts

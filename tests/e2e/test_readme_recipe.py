@@ -42,7 +42,7 @@ def test_the_recipe_of_the_readme_runs_as_written(web: Web, tmp_path: Path, monk
         if row["status"] == "ok" and not row["is_duplicate"] and row["word_count"] >= 3
         and row["clip_similarity_own"] is not None and row["clip_similarity_own"] > 0.5
     ]  # fmt: skip
-    assert {row["key"] for row in some} == {row["key"] for row in rows if row["cell"] is not None}
+    assert all(row["cell"] is not None for row in some)
     sizes = Counter(row["cell"] for row in some)
     given = Counter(row["cell"] for row in some if row["hierarchical_sample_60"])
     most = max(given.values())

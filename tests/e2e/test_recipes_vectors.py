@@ -300,10 +300,10 @@ def test_lvd1689m(pool: Pool, tmp_path: Path, ray_driver: Driver) -> None:
     rows = _rows(job, "dataset", "status", "sha256", "width", "height", "cell", "distance", "hierarchical_sample_120",
                  "retrieved_by")  # fmt: skip
     fresh = _first_copies(rows, "sha256")
-    for row in rows:
-        takes_part = row["status"] == "ok" and row["dataset"] is None and row["key"] in fresh
-        assert (row["cell"] is not None) == takes_part
-    cells = np.array([-1 if row["cell"] is None else row["cell"] for row in rows])
+    assert all((row["cell"] is not None) == (row["status"] == "ok") for row in rows)
+    cells = np.array([
+        row["cell"] if row["status"] == "ok" and row["dataset"] is None and row["key"] in fresh else -1 for row in rows
+    ])  # fmt: skip
     taken = np.array([row["hierarchical_sample_120"] for row in rows])
     sizes = np.bincount(cells[cells >= 0], minlength=20)
     given = np.bincount(cells[cells >= 0], weights=taken[cells >= 0], minlength=20)

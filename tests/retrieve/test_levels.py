@@ -13,7 +13,6 @@ from curate.errors import PlanError
 from curate.retrieve import cells as kernels
 from curate.retrieve import levels, partition, splits
 from curate.retrieve.levels import Centroids, KMeans
-from curate.retrieve.partition import Place
 from curate.retrieve.step import cells_step, hierarchy_step
 from curate.schema import KEY, SAMPLE_FIELDS, Shard, TableSpec, inputs_of, keys_of
 from curate.store import Store
@@ -74,7 +73,7 @@ def test_splits_cut_every_cell_and_keep_its_rows(tmp_path: Path) -> None:
     shards, rows = build(store)
     cells = cells_step(L2, store, TABLES, shards)
     go(cells, store, shards)
-    place = Place(cells.tables[0], "l2")
+    place = cells.place
     settings = HierarchySettings(splits=4, targets=[9], iterations=5, seed=2)
     names = [shard.name for shard in shards]
     found = splits.split(cells.pool, place, settings, names, "w", shuffled_map)

@@ -102,24 +102,6 @@ def test_the_sample_is_drawn_by_keys_alone(tmp_path: Path, monkeypatch: pytest.M
     assert len(sample("w4", 9999, 3)) == len(there)
 
 
-def test_condition_and_refresh_with_ready_centroids(tmp_path: Path) -> None:
-    """Guards against rows that the recipe left out, and against a refresh that assigns the old pool again."""
-    store = Store(str(tmp_path / "run"))
-    shards, rows = build(store)
-    file = tmp_path / "centroids.npy"
-    np.save(file, np.random.default_rng(0).normal(size=(6, WIDTH)).astype(np.float32))
-    settings = CellsSettings(by="toy", count=6, metric="l2", centroids=str(file), where="folder <> 'a'")
-    first = _cells(store, shards[:3], settings)
-    before = _tree(tmp_path / "run" / "cells")
-    second = _cells(store, shards, settings)
-    assert first.tables[0].fingerprint == second.tables[0].fingerprint
-    after = _tree(tmp_path / "run" / "cells")
-    assert {name: after[name] for name in before} == before
-    cells = [row["cell"] for row in rows_of(store, second.tables[0], shards)]
-    assert all(cell is None for cell, row in zip(cells, rows, strict=True) if row.folder == "a")
-    assert sum(cell is not None for cell in cells) == store.get_json(second.facts)["rows"] > 100
-
-
 def _brute_sample(rows: list[Row], queries: np.ndarray, own: list[int], k: int) -> dict[int, tuple[float, int, int]]:
     """row: (best similarity, best rank, times), over the k nearest of every query that is not the row itself."""
     numbers, vectors = _usable(rows)
