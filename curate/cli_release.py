@@ -50,7 +50,9 @@ def remove(
         str | None, typer.Option(metavar="FILE", help="SHA-256 of the bytes as served or as emitted.")
     ] = None,
     phashes: Annotated[str | None, typer.Option(metavar="FILE", help="Perceptual hashes, 16 hex digits.")] = None,
-    phash_radius: Annotated[int, typer.Option(help="Bits that a picture may differ from a listed pHash.", min=0)] = 4,
+    phash_radius: Annotated[
+        int, typer.Option(help="Bits that a picture may differ from a listed pHash.", min=0, max=16)
+    ] = 4,
 ) -> None:
     """Take samples back: erase them from the store and its releases, and never let them return.
 
@@ -63,7 +65,9 @@ def remove(
     store = Store(root)
     store.check(writable=True)
     files = {"keys": keys, "urls": urls, "domains": domains, "hashes": hashes, "phashes": phashes}
-    lists = Lists(**{name: lines_of(file) for name, file in files.items() if file}, phash_radius=phash_radius)
+    lists = Lists(
+        **{name: lines_of(file) for name, file in files.items() if file is not None}, phash_radius=phash_radius
+    )
     report = take_back(store, lists, lambda words: out.print(words, markup=False))
     out.print(str(report), markup=False, soft_wrap=True)
 

@@ -2,6 +2,7 @@
 
     <root>/_removed/<number>/tombstones.json    what was asked for: keys, hashes of URLs and of bytes, domains, pHashes
     <root>/_removed/<number>/keys.json          the samples that this meant, found before anything of them was erased
+    <root>/_removed/<number>/served.json        of those that a hash named as emitted, the hash of the bytes as served
     <root>/_removed/<number>/done.json          nothing of them is left
 
 URLs are kept as SHA-256: the list of what was removed must not itself keep what was removed. Ingest leaves out rows
@@ -10,6 +11,7 @@ done by `curate.emit.takeback`; nothing is erased here.
 """
 
 import hashlib
+import re
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
 
@@ -26,6 +28,10 @@ FOLDER = "_removed"
 REMOVED = "removed"
 # Columns that tombstones look at, wherever a table has them.
 WATCHED = ("url", "sha256", "member_sha256", "image_phash")
+
+_WILDCARD = re.compile(r"^\*?\.")
+_NAME = re.compile(r"[^\s/\\:@?#%\[\]]+|\[[0-9a-f:.]+\]")  # in any script, or an IPv6 address in brackets
+_HOST = re.compile(r"[a-z0-9_-]+(\.[a-z0-9_-]+)*|[0-9a-f:.]+")
 
 Mask = npt.NDArray[np.bool_]
 
@@ -81,14 +87,18 @@ class Tombstones:
 
 
 def url_digest(url: str) -> str:
-    """How a URL is kept."""
-    return hashlib.sha256(url.encode("utf-8", "surrogatepass")).hexdigest()
+    """How a URL is kept; blanks around it do not count, as a list has none."""
+    return hashlib.sha256(url.strip().encode("utf-8", "surrogatepass")).hexdigest()
 
 
-def domain_of(text: str) -> str:
-    """A listed domain in the form that hosts are compared in: `*.Example.org.` is example.org."""
-    name = text.strip().lower().lstrip("*.").rstrip(".")
-    return _host(f"http://{name}/") or name
+def domain_of(text: str) -> str | None:
+    """A listed domain in the form that hosts are compared in: `*.Example.org.` is example.org.
+
+    None for what is no domain: a URL, a path or a port below it names less, a pattern would name nothing.
+    """
+    name = _WILDCARD.sub("", text.strip().lower()).rstrip(".")
+    host = _host(f"http://{name}/") if _NAME.fullmatch(name) else None
+    return host if host is not None and _HOST.fullmatch(host) else None
 
 
 def tombstones_of(store: Store) -> Tombstones:
@@ -103,7 +113,7 @@ def tombstones_of(store: Store) -> Tombstones:
         keys.update(note.get("keys", ()), store.get_json(f"{FOLDER}/{number}/keys.json") or ())
         urls.update(note.get("urls", ()))
         domains.update(note.get("domains", ()))
-        hashes.update(note.get("hashes", ()))
+        hashes.update(note.get("hashes", ()), store.get_json(f"{FOLDER}/{number}/served.json") or ())
         if note.get("phashes"):
             phashes.setdefault(note["phash_radius"], set()).update(int(text, 16) for text in note["phashes"])
     return Tombstones(

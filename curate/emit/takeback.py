@@ -14,6 +14,7 @@ beside one (`curate.presence`). Not reached: tars of adopted pools, exports, cop
 folder of a machine that was killed; the report counts the first.
 """
 
+import re
 from collections.abc import Callable, Iterable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
@@ -21,6 +22,8 @@ from functools import partial
 
 import fsspec
 import numpy as np
+import pyarrow as pa
+import pyarrow.compute as pc
 import pyarrow.parquet as pq
 
 from curate.emit.erase import erase_shard, erase_tars, sweep, table_folders
@@ -36,6 +39,7 @@ from curate.store import Store
 
 READERS = 8  # files read at once: waiting for storage, not for a core
 _HEX = frozenset("0123456789abcdef")
+_SCHEME = re.compile(r"[A-Za-z][A-Za-z0-9+.-]*://")
 
 
 @dataclass
@@ -78,8 +82,8 @@ class Lists:
         """As it goes into `tombstones.json`."""
         note: dict[str, object] = {
             "keys": sorted({_hex("--keys", entry, 32) for entry in self.keys}),
-            "urls": sorted({url_digest(entry) for entry in self.urls}),
-            "domains": sorted({domain_of(entry) for entry in self.domains}),
+            "urls": sorted({url_digest(_url(entry)) for entry in self.urls}),
+            "domains": sorted({_domain(entry) for entry in self.domains}),
             "hashes": sorted({_hex("--hashes", entry, 64) for entry in self.hashes}),
             "phashes": sorted({_hex("--phashes", entry, 16) for entry in self.phashes}),
         }
@@ -91,9 +95,9 @@ class Lists:
 def lines_of(path: str) -> list[str]:
     """Entries of a list, one a line; empty lines and those that begin with # are left out. Raises PlanError."""
     try:
-        with fsspec.open(path, "rt", encoding="utf-8") as stream:
+        with fsspec.open(path, "rt", encoding="utf-8-sig") as stream:  # a spreadsheet's list begins with a mark
             entries = [line.strip() for line in stream]
-    except (OSError, ValueError, ImportError) as error:
+    except Exception as error:  # whatever the client of a URL raises: credentials, endpoint, DNS
         raise PlanError(f"{path}: cannot be read: {error}") from None
     return [entry for entry in entries if entry and not entry.startswith("#")]
 
@@ -101,9 +105,11 @@ def lines_of(path: str) -> list[str]:
 def take_back(store: Store, lists: Lists, on_progress: Callable[[str], None] = lambda _: None) -> TakenBack:
     """Remove what the lists name, and what earlier tombstones name and came since. See the module's docstring.
 
-    Raises PlanError for an entry that is none, and while a run or another removal is at work here.
+    Raises PlanError for an entry that is none, where nobody ever ran, and while a run or another removal is at work.
     """
     lists.note()  # refused before anything is touched
+    if not table_folders(store) and not releases(store):
+        raise PlanError(f"{store.root}: no run was ever made here, so nothing could be removed; check the root")
     with present(store, "removal"):
         return _take_back(store, lists, on_progress)
 
@@ -118,6 +124,12 @@ def _take_back(store: Store, lists: Lists, on_progress: Callable[[str], None]) -
     if not removed:
         return report
     report.swept = sweep(store)
+    served = _served(store, removed) - removed.hashes
+    if served:
+        number = (unfinished(store) or [_begin(store, {})])[-1]
+        path = f"{FOLDER}/{number}/served.json"
+        store.put_json(path, sorted({*served, *(store.get_json(path) or ())}))
+        removed = tombstones_of(store)
     undone = unfinished(store)
     if undone and (removed.hashes or removed.phashes):
         store.remove_tree("_scratch")  # bytes that no table has: any shard in work may hold them
@@ -197,6 +209,17 @@ def _found(store: Store, removed: Tombstones) -> _Found:
     return _Found(frozenset(keys), adopted)
 
 
+def _served(store: Store, removed: Tombstones) -> frozenset[str]:
+    """SHA-256 as served of the pictures that a listed hash names as emitted: the same bytes may come from elsewhere."""
+    found: set[str] = set()
+    for name in releases(store) if removed.hashes else ():
+        for rows in groups_of(store, name, ["sha256", "member_sha256"]):
+            if "sha256" in rows.column_names:
+                meant = rows.filter(pc.is_in(rows.column("member_sha256"), pa.array(removed.hashes, pa.string())))
+                found.update(meant.column("sha256").drop_null().to_pylist())
+    return frozenset(found)
+
+
 def _look(store: Store, removed: Tombstones, item: tuple[str, str]) -> tuple[set[str], int]:
     """What one file holds of the removed: keys of rows that are not erased, and how many images lie elsewhere."""
     folder, name = item
@@ -266,6 +289,19 @@ def _republish(store: Store, keys: frozenset[str], report: TakenBack, on_progres
         withdraw(store, name, keys)
     report.withdrawn = affected
     report.latest = latest_release(store)
+
+
+def _url(entry: str) -> str:
+    if not _SCHEME.match(entry):
+        raise PlanError(f"--urls: {entry[:80]!r} is not a URL; a URL a line, beginning with http:// or https://")
+    return entry
+
+
+def _domain(entry: str) -> str:
+    domain = domain_of(entry)
+    if domain is None:
+        raise PlanError(f"--domains: {entry[:80]!r} is not a domain such as example.org; --urls takes URLs")
+    return domain
 
 
 def _hex(option: str, entry: str, digits: int) -> str:

@@ -12,7 +12,7 @@ import pyarrow.parquet as pq
 import pytest
 
 from curate.emit.step import latest_release
-from curate.emit.takeback import Lists, TakenBack, take_back
+from curate.emit.takeback import Lists, TakenBack, lines_of, take_back
 from curate.emit.verify import verify_release
 from curate.errors import PlanError, ReleaseError
 from curate.removed import tombstones_of
@@ -219,11 +219,34 @@ def test_a_tar_that_would_be_empty_gives_its_number_to_the_last(tmp_path: Path) 
     assert noted == counted and counted["unknown"] > 0
 
 
+def test_a_hash_as_emitted_takes_the_bytes_as_served_along(tmp_path: Path) -> None:
+    """Guards against a picture that returns from another address, or as its copy when the first is gone."""
+    store, _ = _released(str(tmp_path))
+    manifest = store.full(f"releases/{latest_release(store)}/manifest.parquet")
+    named = next(row for row in pq.read_table(manifest).to_pylist() if row["subset"] == "good")
+    take_back(store, Lists(hashes=[named["member_sha256"]]))
+    assert named["sha256"] in tombstones_of(store).hashes
+    left = pq.read_table(store.full(f"releases/{latest_release(store)}/manifest.parquet"))
+    assert named["sha256"] not in left.column("sha256").to_pylist()  # three shards have a row with these bytes
+    files = _files(store)
+    assert take_back(store, Lists(hashes=[named["member_sha256"]])).samples == 0 and _files(store) == files
+
+
 def test_entries_that_are_none_are_refused(tmp_path: Path) -> None:
     """Guards against a list that removes nothing because its entries are of another kind."""
     store, _ = _released(str(tmp_path))
     with pytest.raises(PlanError, match="--hashes: 'abc' is not 64 hex digits"):
         take_back(store, Lists(hashes=["abc"]))
+    for entry in ("http://host-1.example/", "host-1.example/a", "host-1.example:80", r".*\.example", "*", "a,b"):
+        with pytest.raises(PlanError, match="is not a domain"):  # host-1.example/a would take the whole host
+            take_back(store, Lists(domains=[entry]))
+    assert Lists(domains=["*.Bücher.example.", "[::1]"]).note() == {"domains": ["::1", "xn--bcher-kva.example"]}
+    with pytest.raises(PlanError, match="is not a URL"):
+        take_back(store, Lists(urls=["key,url"]))
+    with pytest.raises(PlanError, match="no run was ever made here"):
+        take_back(Store(str(tmp_path / "mistyped")), Lists(domains=["host-1.example"]))
+    (tmp_path / "list.txt").write_text("http://a.example/1\n", encoding="utf-8-sig")
+    assert lines_of(str(tmp_path / "list.txt")) == ["http://a.example/1"]
     assert isinstance(take_back(store, Lists()), TakenBack) and not store.exists("_removed")
 
 
