@@ -107,7 +107,7 @@ def edges_above(
 
 def nearest_above(
     vectors: VectorArray, threshold: float, neighbours: int, *,
-    block_rows: int = BLOCK_ROWS, device: str | None = None,
+    fresh: npt.NDArray[np.bool_] | None = None, block_rows: int = BLOCK_ROWS, device: str | None = None,
 ) -> tuple[IntArray, FloatArray]:  # fmt: skip
     """Find the edges from each row to its nearest `neighbours` rows whose cosine is above `threshold` (strictly).
 
@@ -118,6 +118,8 @@ def nearest_above(
         vectors: float16 or float32 [N, d].
         threshold: exclusive.
         neighbours: edges that a row may propose; at most N · neighbours edges come back.
+        fresh: bool[N]; pairs of rows that are not fresh are known, and are not compared: such a row proposes its
+            nearest fresh ones. Default: all are fresh.
         block_rows: rows of a tile.
         device: torch device.
 
@@ -130,10 +132,17 @@ def nearest_above(
     if neighbours < 1:
         raise PlanError(f"neighbours is {neighbours}; expected 1 or more")
     block = Block(vectors, threshold, device, strict=True)
+    known = 0
+    if fresh is not None:
+        block.reorder(np.argsort(fresh[block.rows], kind="stable"))
+        known = int((~fresh[block.rows]).sum())
+    size = min(block_rows, max(1, (1 << 26) // max(1, len(block))))
+    spans = [(start, stop, known) for start, stop in _spans_of(known, size)]
+    spans += [(start + known, stop + known, 0) for start, stop in _spans_of(len(block) - known, size)]
     pairs: list[IntArray] = []
     cosines: list[FloatArray] = []
-    for start, stop in _spans_of(len(block), min(block_rows, max(1, (1 << 26) // max(1, len(block))))):
-        i, j, cosine = block.nearest(start, stop, neighbours)
+    for start, stop, first in spans:
+        i, j, cosine = block.nearest(start, stop, first, neighbours)
         pairs.append(np.stack([np.minimum(i, j), np.maximum(i, j)], axis=1))
         cosines.append(cosine)
     found, cosine = _sorted(pairs, cosines, np.arange(len(vectors)))

@@ -102,14 +102,18 @@ class Block:
             parts.append(torch.where(scale > 0, dot * scale, -torch.inf).float().cpu().numpy())
         return np.concatenate(parts)
 
-    def nearest(self, start: int, stop: int, neighbours: int) -> tuple[IntArray, IntArray, FloatArray]:
-        """Return (i, j, cosine) from rows start … stop of the block to their nearest rows that match."""
-        bound = self.heads[start:stop] @ self.heads.T
+    def nearest(self, start: int, stop: int, first: int, neighbours: int) -> tuple[IntArray, IntArray, FloatArray]:
+        """Return (i, j, cosine) from rows start … stop of the block to the nearest of its rows from `first` on.
+
+        Those that match only; `first` is not between start and stop.
+        """
+        bound = self.heads[start:stop] @ self.heads[first:].T
         near = bound >= self.floor
-        near[torch.arange(stop - start), torch.arange(start, stop)] = False
+        if start >= first:  # no row is its own neighbour
+            near[torch.arange(stop - start), torch.arange(start - first, stop - first)] = False
         crowded = near.sum(dim=1) > 4 * neighbours
         hits = (near & ~crowded[:, None]).nonzero().cpu().numpy()
-        i, j = self.rows[start + hits[:, 0]], self.rows[hits[:, 1]]
+        i, j = self.rows[start + hits[:, 0]], self.rows[first + hits[:, 1]]
         cosine = self.cosine(i, j)
         true = cosine > self.threshold
         i, j, cosine = i[true], j[true], cosine[true]
@@ -119,23 +123,23 @@ class Block:
         place = np.arange(len(i)) - np.repeat(new, np.diff(np.r_[new, len(i)]))
         keep = place < neighbours
         results = [(i[keep], j[keep], cosine[keep])]
-        results += [self._crowded(start + row, neighbours) for row in crowded.nonzero().flatten().tolist()]
+        results += [self._crowded(start + row, first, neighbours) for row in crowded.nonzero().flatten().tolist()]
         return (
             np.concatenate([r[0] for r in results]),
             np.concatenate([r[1] for r in results]),
             np.concatenate([r[2] for r in results]),
         )
 
-    def _crowded(self, row: int, neighbours: int) -> tuple[IntArray, IntArray, FloatArray]:
-        """Rank all rows of the block for one of them, by the definition."""
-        me = self.given[self.rows[row]].double()
-        at = torch.from_numpy(self.rows).to(self.device)
+    def _crowded(self, row: int, first: int, neighbours: int) -> tuple[IntArray, IntArray, FloatArray]:
+        """Rank the rows of the block from `first` on for one of them, by the definition."""
+        me, ranked = self.given[self.rows[row]].double(), self.rows[first:]
+        at = torch.from_numpy(ranked).to(self.device)
         size = max(1, RECHECK_VALUES // self.given.shape[1])
         dots = torch.cat([(self.given[part].double() * me).sum(dim=1) for part in torch.split(at, size)])
         cosine = (dots * self.scale[at] * self.scale[self.rows[row]]).float().cpu().numpy()
-        others = np.flatnonzero((cosine > self.threshold) & (np.arange(len(self)) != row))
-        best = others[np.lexsort((self.rows[others], -cosine[others]))][:neighbours]
-        return np.full(len(best), self.rows[row]), self.rows[best], cosine[best]
+        others = np.flatnonzero((cosine > self.threshold) & (ranked != self.rows[row]))
+        best = others[np.lexsort((ranked[others], -cosine[others]))][:neighbours]
+        return np.full(len(best), self.rows[row]), ranked[best], cosine[best]
 
     def _scale(self) -> torch.Tensor:
         """1 / length in float64 per given vector; 0 for what can match nothing."""

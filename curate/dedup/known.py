@@ -1,19 +1,24 @@
 """What an earlier run learned of a rule's rows, so that a refresh compares new rows with all and old pairs not again.
 
-    _near/<identity>/<run>/<shard>.npz    `taking`: rows that were compared; `row`, `group`, `similarity` of those with
-                                          an edge, `group` as the run's number of the lowest row of the group
-    _near/<identity>/<run>/pool.json      the run's shards in order and their rows; written last
+    _near/<identity>/<run>/<shard>.npz           `taking`: rows that were compared; `row`, `group`, `similarity` of
+                                                 those with an edge, `group` as the run's number of its lowest row
+    _near/<identity>/<run>/nearest/<part>.npz    DINOv2's form instead: `row`: rows that were compared in a partition;
+                                                 `pairs`, `similarity`: each with its nearest k; the run's numbers
+    _near/<identity>/<run>/pool.json             the run's shards in order and their rows; written last
 
 `identity` names what is compared and how (`identity_of`), not the pool: pairs of two rows do not depend on a third. A
 row whose group has lost a member since (another rule removed it) is compared again, for the group may have fallen
-apart. So the groups are those of a run from scratch, whatever the history.
+apart; so is one that has lost a neighbour, for the next one is not known. So the groups are those of a run from
+scratch, whatever the history.
 
 It holds row numbers and groups, no hashes, vectors or keys.
 """
 
+import hashlib
 from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import partial
+from typing import Any
 
 import numpy as np
 import numpy.typing as npt
@@ -24,7 +29,7 @@ from curate.store import Store
 from curate.vectors import finish, get_arrays, put_arrays
 
 FOLDER = "_near"
-VERSION = 1
+VERSION = 2
 
 IntArray = npt.NDArray[np.int64]
 
@@ -33,7 +38,8 @@ IntArray = npt.NDArray[np.int64]
 class Known:
     """An earlier run, seen from the pool of this one. `starts`: its number of each shard's first row; `now`: ours.
 
-    Groups are translated to our row numbers. One whose lowest row is in a shard that is gone gets a negative number.
+    Rows and groups are translated to our row numbers. One (for a group, its lowest row) that is in a shard that is gone
+    gets a negative number.
     """
 
     store: Store
@@ -59,6 +65,11 @@ class Known:
         lost = [self.of(name)[1] for name, now in zip(self.names, self.now, strict=True) if now < 0]
         return np.unique(np.concatenate([np.empty(0, np.int64), *lost]))
 
+    def nearest(self, part: int) -> tuple[IntArray, IntArray, npt.NDArray[np.float32]]:
+        """(rows that were compared in a partition, pairs int64[M, 2] of neighbours, similarity of each)."""
+        found = get_arrays(self.store, f"{self.folder}/nearest/{part:05d}.npz")
+        return self._translated(found["row"]), self._translated(found["pairs"]), found["similarity"]
+
     def _translated(self, rows: IntArray) -> IntArray:
         at = np.searchsorted(self.starts, rows, "right") - 1
         now = np.array(self.now, np.int64)[at]
@@ -68,6 +79,15 @@ class Known:
 def identity_of(*parts: object) -> str:
     """Names what is compared and how."""
     return f"{FOLDER}/{fingerprint('near', VERSION, *parts)}"
+
+
+def digest_of(*arrays: npt.NDArray[Any]) -> str:
+    """Names arrays by their values, for `identity_of`."""
+    digest = hashlib.sha256()
+    for array in arrays:
+        digest.update(f"{array.dtype}{array.shape}".encode())
+        digest.update(np.ascontiguousarray(array).data)
+    return digest.hexdigest()
 
 
 def known_to(store: Store, identity: str, note: str, shards: Sequence[Shard]) -> Known | None:
@@ -92,14 +112,24 @@ def known_to(store: Store, identity: str, note: str, shards: Sequence[Shard]) ->
     return Known(store, folder, names, tuple(before), tuple(starts.get(name, -1) for name in names))
 
 
-def publish(store: Store, identity: str, run: str, work: str, shards: Sequence[Shard], map_items: Map) -> None:
-    """Keep what a run found below its folder `work`."""
-    folder = f"{identity}/{run}"
-    if not store.exists(f"{folder}/pool.json"):
-        there = set(store.names(folder))
-        todo = [shard.name for shard in shards if f"{shard.name}.npz" not in there]
-        finish(map_items(partial(_keep, store, work, folder), todo))
-        store.put_json(f"{folder}/pool.json", {"shards": [[shard.name, shard.rows] for shard in shards]})
+def keep_groups(store: Store, identity: str, run: str, work: str, shards: Sequence[Shard], map_items: Map) -> None:
+    """Keep the groups that a run left below its folder `work`."""
+    there = set(store.names(f"{identity}/{run}"))
+    todo = [shard.name for shard in shards if f"{shard.name}.npz" not in there]
+    finish(map_items(partial(_keep, store, work, f"{identity}/{run}"), todo))
+
+
+def keep_nearest_of(
+    store: Store, identity: str, run: str, part: int, rows: IntArray, pairs: IntArray,
+    similarity: npt.NDArray[np.float32],
+) -> None:  # fmt: skip
+    """Keep what the rows of a partition found nearest."""
+    put_arrays(store, f"{identity}/{run}/nearest/{part:05d}.npz", row=rows, pairs=pairs, similarity=similarity)
+
+
+def publish(store: Store, identity: str, run: str, shards: Sequence[Shard]) -> None:
+    """Let later runs know what this one kept, now that it is all there."""
+    store.put_json(f"{identity}/{run}/pool.json", {"shards": [[shard.name, shard.rows] for shard in shards]})
 
 
 def forget_older(store: Store, identity: str, run: str) -> None:

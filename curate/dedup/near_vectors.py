@@ -2,9 +2,12 @@
 
 Cells are trained on a seeded sample of the pool's founders: its first shards, up to the largest power of two of rows.
 So they stay the same, and old pairs known, while a pool grows to twice its size, and then all is compared anew: over
-all refreshes each row is compared with all a few times. A partition is a run of cells; a row enters it once, with its
-vector, however many of its cells lie there. Inside a cell the search is exact (`cosine`), and pairs that share no cell
-are missed: `measure_pool` says how many. A pool of up to 40,000 rows is one cell, exact.
+all refreshes each row is compared with all a few times. SemDeDup is compared whole on each refresh: its paper clusters
+all of the pool, so new rows move the cells, and with them who is ranked against whom.
+
+A partition is a run of cells; a row enters it once, with its vector, however many of its cells lie there. Inside a cell
+the search is exact (`cosine`), and pairs that share no cell are missed: `measure_pool` says how many. A pool of up to
+40,000 rows is one cell, exact.
 
 Rows of equal bytes are folded into the first of them before they are dealt and again while a partition is read, so a
 placeholder image that is half of the pool is held once. Three forms (RECIPES 2 and 5), each the published algorithm
@@ -38,6 +41,7 @@ from curate.dedup.cells import (
 from curate.dedup.components import spanning_forest
 from curate.dedup.cosine import edges_above, first_equal, nearest_above
 from curate.dedup.cosine_block import VectorArray
+from curate.dedup.known import Known, keep_nearest_of
 from curate.dedup.near import FRESH, Edges, IntArray, Pool, Records
 from curate.dedup.semdedup import rank_rows, similarity_to_earlier
 from curate.schema import Shard
@@ -73,6 +77,8 @@ class VectorSearch:
     parts: int
     shards_per_chunk: int
     blocks: int = 1
+    known: Known | None = None  # dinov2: what an earlier run found nearest
+    kept: tuple[str, str] = ("", "")  # dinov2: identity and run that keep what is found nearest
 
     @property
     def record(self) -> np.dtype[Any]:
@@ -125,21 +131,22 @@ class VectorSearch:
         """Edges inside the cells of one partition."""
         records, copies = self._load(pieces)
         fresh = (records["known"] == FRESH) | np.isin(records["known"], lost)
-        _, part_of = self.cells
-        found = [copies]
+        found: list[Edges] = []
+        if self.form == "dinov2":
+            fresh, *found = self._neighbours(part, records["row"])
         held = compared = 0
-        for cell, mine in rows_of_cells(np.ascontiguousarray(records["cells"])):
-            if part_of[cell] != part or not fresh[mine].any():
-                continue
+        for cell, mine in self._cells_with(part, records, fresh):
             pairs, similarity = self._in_cell(np.ascontiguousarray(records["vector"][mine]), cell, fresh[mine])
             compared += pairs_with_fresh(fresh[mine])
             found.append((records["row"][mine][pairs], similarity))
             held += len(pairs)
             if self.form == "dinov2" and held > EDGES_HELD:
-                found = [copies, keep_nearest(found[1:], self.neighbours)]
-                held = max(0, len(found[1][0]) - EDGES_HELD // 2)
+                found = [keep_nearest(found, self.neighbours)]
+                held = max(0, len(found[0][0]) - EDGES_HELD // 2)
         if self.form == "dinov2":
-            found = [copies, keep_nearest(found[1:], self.neighbours)]
+            found = [keep_nearest(found, self.neighbours)]
+            keep_nearest_of(self.store, *self.kept, part, records["row"], *found[0])
+        found.append(copies)
         pairs = np.concatenate([pairs for pairs, _ in found])
         similarity = np.concatenate([similarity for _, similarity in found])
         if self.grouped:
@@ -148,11 +155,27 @@ class VectorSearch:
             pairs, similarity = ends[forest], similarity[forest]
         return (pairs, similarity), compared
 
+    def _cells_with(self, part: int, records: Records, fresh: BoolArray) -> Iterator[tuple[int, IntArray]]:
+        """Cells of a partition that hold a fresh row, and the records in each."""
+        _, part_of = self.cells
+        for cell, mine in rows_of_cells(np.ascontiguousarray(records["cells"])):
+            if part_of[cell] == part and fresh[mine].any():
+                yield cell, mine
+
+    def _neighbours(self, part: int, rows: IntArray) -> tuple[BoolArray, Edges]:
+        """(rows to compare with all, new ones and those that lost a neighbour; known pairs of rows that are there)."""
+        if self.known is None:
+            return np.ones(len(rows), np.bool_), (np.empty((0, 2), np.int64), np.empty(0, np.float32))
+        compared, pairs, similarity = self.known.nearest(part)
+        here = np.isin(pairs, rows)
+        both, bereft = here.all(axis=1), pairs[here & ~here.all(axis=1, keepdims=True)]
+        return ~np.isin(rows, compared) | np.isin(rows, bereft), (pairs[both], similarity[both])
+
     def _in_cell(self, vectors: VectorArray, cell: int, fresh: BoolArray) -> Edges:
         if self.form == "threshold":
             return edges_above(vectors, self.threshold, fresh=fresh)
         if self.form == "dinov2":
-            return nearest_above(vectors, self.threshold, self.neighbours)
+            return nearest_above(vectors, self.threshold, self.neighbours, fresh=fresh)
         wide = vectors.astype(np.float64)  # row by row, so that the ranking does not depend on the block
         nearness = (wide * self.cells[0][cell]).sum(axis=1) / np.sqrt((wide * wide).sum(axis=1))
         redundant, similarity, earlier = similarity_to_earlier(
@@ -248,7 +271,8 @@ def search_vectors(
     if not pool.store.exists(path):
         centres, drawn = _train(founding, pool.rows, form, cells, width, dtype)
         probes = 1 if form == "semdedup" else min(PROBES, len(centres))
-        bytes_dealt = pool.rows * min(probes, len(centres)) * (size + 16 + 4 * probes)
+        rows = pool.rows if form == "semdedup" else 2 * founding.rows  # as many as there will be in these cells
+        bytes_dealt = rows * min(probes, len(centres)) * (size + 16 + 4 * probes)
         parts = min(len(centres), max(PARTS, -(-bytes_dealt // PARTITION_BYTES)))
         put_arrays(pool.store, path, centres=centres, part=_even_parts(drawn, centres, probes, parts))
     part = get_arrays(pool.store, path)["part"]

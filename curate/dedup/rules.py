@@ -76,8 +76,8 @@ class Rule:
 
     @property
     def refreshed(self) -> bool:
-        """Whether pairs of two rows stand whatever other rows there are, so that a refresh need not compare them."""
-        return self.grouped and (self.search == "hashes" or self.form == "threshold")
+        """Whether a refresh knows pairs of old rows, and need not compare them."""
+        return self.grouped and self.form != "semdedup"
 
     @property
     def radius(self) -> int:

@@ -16,18 +16,17 @@ from dataclasses import replace
 from functools import partial
 from typing import TYPE_CHECKING, Any
 
-import numpy as np
-import numpy.typing as npt
 import pyarrow as pa
 
 from curate.across import ROW, decide_across
 from curate.config import DedupSettings
+from curate.dedup.asked import ask_references
 from curate.dedup.firsts import GONE, row_bytes, verdicts_of
-from curate.dedup.known import forget_older, identity_of, known_to, publish
-from curate.dedup.near import FloatArray, IntArray, Pool, group_near, pool_of
+from curate.dedup.known import digest_of, forget_older, identity_of, keep_groups, known_to, publish
+from curate.dedup.near import Pool, group_near, pool_of
 from curate.dedup.near_hashes import search_hashes
 from curate.dedup.participants import dtype_of, hashes_on, vectors_on
-from curate.dedup.references import keep_reference, kept_reference, nearest_hashes, read_reference
+from curate.dedup.references import keep_reference, read_reference
 from curate.dedup.released import member_folders, preferred_release
 from curate.dedup.rules import Rule, rules_of, sums_of
 from curate.dedup.verdicts import (
@@ -49,13 +48,12 @@ from curate.rows import Column, columns_of, recall_path
 from curate.schema import KEY, Shard, TableSpec, fingerprint, inputs_of, pool_digest
 from curate.stage import CrossStep, Map
 from curate.store import Store
-from curate.vectors import chunks_of, finish, put_arrays
+from curate.vectors import get_arrays
 
 if TYPE_CHECKING:
     from curate.dedup.cells import Recall
 
-VERSION = 3
-SHARDS_PER_ASK = 50  # an index of the references is built once per this many shards
+VERSION = 4
 
 _FIELDS = (
     pa.field("is_duplicate", pa.bool_(), nullable=False),
@@ -117,22 +115,24 @@ class DedupStep(CrossStep):
         recalls: dict[str, Any] = {}
         for number, rule in enumerate(rules):
             ticker.advance(0, f"{rule.kind}, rule {number + 1} of {len(rules)}")
-            recall = _decide(store, rule, rules[:number], shards, map_items, counts)
+            recall = _decide(store, rule, rules[:number], shards, self._spec.fingerprint, map_items, counts)
             if recall is not None:
                 recalls[f"{number}:{rule.kind}"] = {**vars(recall), "rate": recall.rate, "at_least": recall.lower}
                 counts[f"{rule.kind}: near pairs of {recall.rows} sampled rows"] += recall.true
                 counts[f"{rule.kind}: of these found"] += recall.found
-        refreshed = [rule for rule in rules if rule.refreshed]
-        for rule in refreshed:
-            publish(store, _identity(rule, shards), self._spec.fingerprint, rule.work, shards, map_items)
+        refreshed = [(rule, _identity(store, rule)) for rule in rules if rule.refreshed]
+        for rule, identity in refreshed:
+            if rule.form == "threshold":  # the form dinov2 keeps what it finds at once
+                keep_groups(store, identity, self._spec.fingerprint, rule.work, shards, map_items)
+            publish(store, identity, self._spec.fingerprint, shards)
         told = recall_path(self._spec)
         if recalls and not store.exists(told):  # another run at this root may have swept away what was just counted
             store.put_json(told, recalls)
         for count in map_items(partial(_commit, store, self._spec, self._any, rules), list(shards)):
             counts.update(count)
             ticker.advance(1)
-        for rule in refreshed:
-            forget_older(store, _identity(rule, shards), self._spec.fingerprint)
+        for _, identity in refreshed:
+            forget_older(store, identity, self._spec.fingerprint)
         store.remove_tree(work)
         return counts
 
@@ -161,15 +161,16 @@ def _tables(rules: Sequence[Rule], columns: Mapping[str, Column]) -> list[TableS
 
 
 def _decide(
-    store: Store, rule: Rule, before: Sequence[Rule], shards: Sequence[Shard], map_items: Map, counts: Counter[str]
-) -> "Recall | None":
+    store: Store, rule: Rule, before: Sequence[Rule], shards: Sequence[Shard], run: str, map_items: Map,
+    counts: Counter[str],
+) -> "Recall | None":  # fmt: skip
     """Leave a rule's verdicts in its folder; the recall of its search where it is not exact by construction."""
     recall = None
     values = vectors_on if rule.search == "vectors" else hashes_on
     of_rule = partial(values, store, rule)
     pool = pool_of(store, rule.work, partial(of_rule, before), partial(of_rule, ()), shards)
     if rule.grouped:
-        recall, compared = _group(pool, rule, shards, map_items)
+        recall, compared = _group(pool, rule, shards, run, map_items)
         counts[f"{rule.kind}: pairs compared"] += compared
     candidates: Callable[..., pa.Table] = copies_on
     decide: Callable[[pa.Table], pa.Table] = partial(first_of_each, rule.settings.keep)
@@ -179,10 +180,7 @@ def _decide(
             keep_reference(
                 store, path, read_reference(rule.reference, f"dedup.{rule.entry}.against.{rule.reference.name}")
             )
-        asked = set(store.names(f"{rule.work}/direct"))
-        chunks = chunks_of(len(shards), max(1, min(SHARDS_PER_ASK, len(shards) // 32)))
-        todo = [chunk for chunk in chunks if any(f"{pool.names[number]}.npz" not in asked for number in chunk)]
-        finish(map_items(partial(_ask, pool, rule, path), todo))
+        counts[f"{rule.kind}: rows asked"] += ask_references(pool, rule, path, _read(rule), map_items)
         candidates, decide = reaching_on, partial(touching, store, path)
     elif rule.semdedup:
         candidates, decide = redundant_on, earlier_of_each
@@ -191,12 +189,13 @@ def _decide(
     return recall
 
 
-def _group(pool: Pool, rule: Rule, shards: Sequence[Shard], map_items: Map) -> "tuple[Recall | None, int]":
+def _group(
+    pool: Pool, rule: Rule, shards: Sequence[Shard], run: str, map_items: Map
+) -> "tuple[Recall | None, int]":  # fmt: skip
     """Find the groups, with what an earlier run knows; the recall of the search, and how many pairs it compared."""
-    if rule.refreshed:
-        note = pool.place("known.json")
-        pool = replace(pool, known=known_to(pool.store, _identity(rule, shards), note, shards))
+    note = pool.place("known.json")
     if rule.search == "hashes":
+        pool = replace(pool, known=known_to(pool.store, _identity(pool.store, rule), note, shards))
         return None, group_near(pool, search_hashes(pool, rule.radius), map_items)
     from curate.dedup.near_vectors import founding_shards, search_vectors  # noqa: PLC0415  # torch: for vectors only
     from curate.dedup.recall import measure_pool  # noqa: PLC0415  # as above
@@ -208,39 +207,30 @@ def _group(pool: Pool, rule: Rule, shards: Sequence[Shard], map_items: Map) -> "
         pool, founding, rule.form, rule.threshold, rule.settings.neighbours, rule.settings.cells,
         rule.columns[rule.values[0]].type.list_size, dtype_of(rule),
     )  # fmt: skip
+    if rule.refreshed:
+        identity = _identity(pool.store, rule)
+        known = known_to(pool.store, identity, note, shards)
+        if rule.form == "dinov2":
+            search = replace(search, known=known, kept=(identity, run))
+        else:
+            pool = replace(pool, known=known)
     compared = group_near(pool, search, map_items)
     return measure_pool(pool, search, map_items), compared
 
 
-def _identity(rule: Rule, shards: Sequence[Shard]) -> str:
+def _identity(store: Store, rule: Rule) -> str:
     """What the rule compares and how; for vectors, in which cells."""
-    read = {name: rule.columns[name].table.fingerprint for name in ("status", rule.values[0])}
     if rule.search == "hashes":
-        return identity_of(rule.number, rule.kind, rule.radius, read)
-    from curate.dedup.near_vectors import founding_shards  # noqa: PLC0415  # torch: where vectors are compared
-
-    return identity_of(rule.number, rule.kind, [rule.threshold, pool_digest(founding_shards(shards))], read)
-
-
-def _nearest(references: npt.NDArray[Any], rule: Rule) -> Callable[[npt.NDArray[Any]], tuple[IntArray, FloatArray]]:
-    if rule.search == "hashes":
-        return partial(nearest_hashes, references=references, radius=rule.radius)
-    from curate.dedup.reference_vectors import NearestVectors  # noqa: PLC0415  # torch: where vectors are compared
-
-    return NearestVectors(references, rule.threshold).of
+        return identity_of(rule.number, rule.kind, rule.radius, _read(rule))
+    cells = digest_of(*get_arrays(store, f"{rule.work}/cells.npz").values())
+    return identity_of(
+        rule.number, rule.kind, [rule.form, rule.threshold, rule.settings.neighbours, cells], _read(rule)
+    )
 
 
-def _ask(pool: Pool, rule: Rule, path: str, chunk: range) -> None:
-    """Which reference each row of these shards reaches itself."""
-    nearest = _nearest(kept_reference(pool.store, path).values, rule)
-    for number in chunk:
-        values, rows = pool.values(pool.names[number])
-        place, similarity = nearest(values)
-        reached = place >= 0
-        put_arrays(
-            pool.store, pool.place(f"direct/{pool.names[number]}.npz"), row=rows[reached], reference=place[reached],
-            similarity=similarity[reached], start=np.array([pool.starts[number]], np.int64),
-        )  # fmt: skip
+def _read(rule: Rule) -> list[str]:
+    """The tables that say who takes part, and with what value."""
+    return [rule.columns[name].table.fingerprint for name in ("status", rule.values[0])]
 
 
 def _apply(store: Store, rule: Rule, shard: str, rows: list[dict[str, Any]]) -> None:

@@ -6,10 +6,12 @@ from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
+import faiss
 import numpy as np
 import numpy.typing as npt
 import pyarrow as pa
 import pytest
+import torch
 
 from curate import across
 from curate.config import DedupSettings
@@ -28,6 +30,10 @@ HASHES = TableSpec(
     "scores_phash", 1, pa.schema([KEY, pa.field("image_phash", pa.string())]), inputs=inputs_of([IMAGES])
 )
 Vectors = npt.NDArray[np.floating[Any]]
+
+# Small products and k-means: idle threads that wait for each other cost more than they give, on a busy machine most.
+torch.set_num_threads(1)
+faiss.omp_set_num_threads(1)
 
 
 def embeddings(width: int, dtype: pa.DataType) -> TableSpec:

@@ -1,17 +1,19 @@
 """New shards are compared with all, old pairs are not compared again, and the table is that of a run from scratch."""
 
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
 
-from curate.config import DedupSettings
+from curate.config import DedupSettings, ReferenceSettings
 from curate.dedup import near_hashes, near_vectors
 from curate.dedup.known import FOLDER
 from tests.dedup.pool import VectorPool, Vectors, in_small_cells, planted, shuffled
 
 VECTORS = DedupSettings(by="embedding_toy", threshold=0.9, keep="key")
 HASHES = DedupSettings(by="image_phash", radius=3, keep="key")
+NEAREST = DedupSettings(by="embedding_toy", form="dinov2", neighbours=3, keep="key")
 EQUAL = DedupSettings(by="image_phash", keep="width DESC, key")
 
 
@@ -32,7 +34,7 @@ def _files(pool: VectorPool, folder: str) -> dict[str, bytes]:
     return {str(path.relative_to(root)): path.read_bytes() for path in sorted(root.rglob("*.parquet"))}
 
 
-@pytest.mark.parametrize("rule", [VECTORS, HASHES], ids=["vectors", "hashes"])
+@pytest.mark.parametrize("rule", [VECTORS, NEAREST, HASHES], ids=["vectors", "nearest", "hashes"])
 def test_only_pairs_with_a_new_row_are_compared(tmp_path: Path, rule: DedupSettings) -> None:
     """Guards against a refresh that costs as much as the first run."""
     draw = np.random.default_rng(0)
@@ -49,7 +51,7 @@ def test_only_pairs_with_a_new_row_are_compared(tmp_path: Path, rule: DedupSetti
 
 
 @pytest.mark.parametrize("cells", [False, True], ids=["one task", "cells and tables"])
-@pytest.mark.parametrize("rule", [VECTORS, HASHES], ids=["vectors", "hashes"])
+@pytest.mark.parametrize("rule", [VECTORS, NEAREST, HASHES], ids=["vectors", "nearest", "hashes"])
 def test_the_table_is_the_same_whatever_the_history(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, rule: DedupSettings, cells: bool
 ) -> None:
@@ -71,9 +73,39 @@ def test_the_table_is_the_same_whatever_the_history(
     assert grown.store.folder(step.tables[0]) == folder
     assert _files(grown, folder) == _files(scratch, folder)
     assert sum(row["is_duplicate"] for row in scratch.rows(again)) > 100
-    if cells or rule is VECTORS:  # few hashes are compared all with all where that is quicker than tables
+    if cells or rule is not HASHES:  # few hashes are compared all with all where that is quicker than tables
         assert compared[1] < 0.6 * counts[f"{rule.by}: pairs compared"]
     assert _names(grown) == _names(scratch)  # nothing of older runs is kept
+
+
+@pytest.mark.parametrize("by", ["embedding_toy", "image_phash"])
+def test_only_new_rows_ask_the_references(tmp_path: Path, by: str) -> None:
+    """Guards against all rows compared with a reference again, and answers that were given to another question."""
+    vectors = planted(200).astype(np.float32)
+    hashes = _hashes(vectors)
+    np.save(tmp_path / "eval.npy", vectors[10::40])
+    (tmp_path / "eval.txt").write_text("\n".join(hashes[10::40]))
+    if by == "image_phash":
+        set_ = ReferenceSettings(name="val", hashes=str(tmp_path / "eval.txt"), radius=2)
+        near, closer = DedupSettings(by=by, against=[set_]), set_.model_copy(update={"radius": 1})
+    else:
+        set_ = ReferenceSettings(name="val", embeddings=str(tmp_path / "eval.npy"), threshold=0.8)
+        near, other = DedupSettings(by=by, threshold=0.95, against=[set_])
+        closer = set_.model_copy(update={"threshold": 0.9})
+    alone = near.model_copy(update={"within": False})  # rows that were copies before now take part
+
+    def told(root: str, rows: int, rule: DedupSettings) -> tuple[int, list[dict[str, Any]]]:
+        pool = VectorPool(tmp_path / root, vectors[:rows], 50, hashes=hashes[:rows])
+        step, counts = pool.run(rule, map_items=shuffled)
+        return counts["reference:val: rows asked"], pool.rows(step)
+
+    asked = [told("grown", 150, near)[0], told("grown", 150, near.model_copy(update={"keep": "key"}))[0]]
+    last, table = told("grown", 200, near)
+    every, scratch = told("scratch", 200, near)
+    assert table == scratch and sum(row["duplicate_kind"] == "reference:val" for row in table) >= 4
+    assert asked[0] > 80 and asked[1] < 10 and last < every / 2  # another row of a group may stay, and is asked
+    assert sum([*asked, last]) >= every == told("grown", 200, near.model_copy(update={"against": [closer]}))[0]
+    assert told("grown", 200, alone)[1] == told("alone", 200, alone)[1]
 
 
 def _names(pool: VectorPool) -> list[str]:
@@ -81,7 +113,7 @@ def _names(pool: VectorPool) -> list[str]:
     return sorted(str(path.relative_to(root)) for path in root.rglob("*") if path.is_file())
 
 
-@pytest.mark.parametrize("rule", [VECTORS, HASHES], ids=["vectors", "hashes"])
+@pytest.mark.parametrize("rule", [VECTORS, NEAREST, HASHES], ids=["vectors", "nearest", "hashes"])
 def test_a_group_that_lost_a_row_may_fall_apart(tmp_path: Path, rule: DedupSettings) -> None:
     """Guards against old copies that hang together by a row which another rule has removed since, or a shard gone."""
     angles = np.radians([0, 20, 40, 60, 80, 180])  # each within 0.9 of the next only

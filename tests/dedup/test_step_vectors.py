@@ -8,15 +8,12 @@ from typing import Any
 
 import numpy as np
 import pytest
-import torch
 
 from curate.config import DedupSettings, ReferenceSettings
 from curate.dedup import near_vectors
 from curate.dedup.components import groups
 from curate.errors import PlanError
 from tests.dedup.pool import VectorPool, Vectors, cosines, in_small_cells, planted, shuffled
-
-torch.set_num_threads(1)  # small products: threads cost more than they give on a shared machine
 
 RULE = DedupSettings(by="embedding_toy", threshold=0.9, keep="key")
 
