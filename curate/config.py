@@ -150,7 +150,7 @@ class SeedSet(Settings):
     how: Literal["sample", "cluster", "as_is"]
     embeddings: str | None = None  # .npy, .npz or Parquet
     array: str | None = None  # its array or column, where it has more than one
-    images: str | None = None  # a folder, …*.tar, or datasets:NAME[:SPLIT]: embedded by the scorer behind cells.by
+    images: str | None = None  # a folder, …*.tar, or datasets:NAME@COMMIT[:SPLIT]: embedded by cells.by's scorer
     where: str | None = None  # SQL over the pool's columns
     k: Positive = 4  # sample: nearest pool images of each seed
     nprobe: Positive = 16  # sample: cells that are searched for each seed

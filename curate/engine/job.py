@@ -8,7 +8,7 @@ fails before any worker starts.
 import base64
 import time
 from collections.abc import Callable, Mapping, Sequence
-from contextlib import ExitStack
+from contextlib import ExitStack, suppress
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -188,7 +188,10 @@ class Job:
         done = step.done(self.store, shards)
         record = StepRecord(step.name, [spec.name for spec in step.tables], int(not done), 1)
         self.records.append(record)
-        if done or self.dry:
+        if self.dry:
+            return
+        if done:
+            self._sweep(step)
             return
         for spec in step.tables:
             self.store.describe(spec)
@@ -198,6 +201,13 @@ class Job:
             except Exception:  # another run at this root finished the step and swept away what this one was reading
                 if not step.done(self.store, shards):
                     raise
+                self._sweep(step)
+
+    def _sweep(self, step: CrossStep) -> None:
+        """Remove what a run that lost a race, or was killed at the very end, left of a step that is done."""
+        for spec in step.tables:
+            with suppress(OSError):  # a run that is still losing writes on; the next one sweeps again
+                self.store.remove_tree(f"_work/{spec.name}/{spec.fingerprint}")
 
     def _map(self, function: Callable[[Any], Any], items: Sequence[Any]) -> Any:
         return self.driver.map(function, items)

@@ -1,14 +1,16 @@
 """Seed sets that come as images, embedded by the scorer of the pool's own vectors: one settings entry, one space.
 
-    _seeds/<fingerprint>/<number>.npz     unit vectors of a chunk of images, float16 as the pool's are
+    _seeds/<fingerprint>/<number>.npz     unit vectors of a chunk of images, float16 as the pool's are; images read
     _seeds/<fingerprint>/rows.json        vectors of each file; images read, and those that gave none
 
 A set is a folder, here or behind any fsspec URL; WebDataset tars, by a path or pattern that ends in .tar; or a dataset
-of the library `datasets`, `datasets:NAME[:SPLIT]` from the hub or a local folder, with its column of images. An image
-that cannot be decoded is counted and gives no vector. It refuses sets without images, and a column of vectors that no
-image scorer of the recipe writes.
+of the library `datasets`, `datasets:FOLDER[:SPLIT]` or, from the hub, `datasets:NAME@COMMIT[:SPLIT]`, with its column
+of images. An image that cannot be decoded is counted and gives no vector. It refuses sets without images, a dataset of
+the hub that names no commit, since nobody could tell when it changed, and a column of vectors that no image scorer of
+the recipe writes.
 """
 
+import re
 import tarfile
 from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
@@ -19,7 +21,7 @@ from hashlib import sha256
 from itertools import islice
 from json import dumps, loads
 from pathlib import Path, PurePosixPath
-from typing import Any
+from typing import IO, Any
 
 import fsspec
 import numpy as np
@@ -37,10 +39,11 @@ from curate.score.scorer import ImageScorer
 from curate.score.stage import CPU_ROWS, device_of, specs_of
 from curate.stage import CrossStep, Map
 from curate.store import Store
-from curate.vectors import put_arrays
+from curate.vectors import get_arrays, put_arrays
 
 SUFFIXES = (".jpg", ".jpeg", ".png", ".webp", ".gif", ".bmp", ".tif", ".tiff", ".avif")
 DATASETS = "datasets:"
+OF_THE_HUB = re.compile(r"[^@:]+@[0-9a-f]{40}")  # a branch or a tag may move
 IMAGES_PER_ITEM = 1024  # of a folder or dataset; loading a model takes as long as 100 images on a CPU
 Section = Mapping[str, Mapping[str, Any]]
 
@@ -120,6 +123,10 @@ def _loaded(section: str, by: str) -> ImageScorer[Any]:
 def _embed(store: Store, section: str, by: str, folder: str, item: tuple[int, Source]) -> tuple[int, int, int]:
     """(number, vectors, images) of a piece."""
     number, source = item
+    path = f"{folder}/{number:08d}.npz"
+    if store.exists(path):  # by a run that was killed
+        held = get_arrays(store, path)
+        return number, len(held["vectors"]), int(held["images"])
     scorer, counts = _loaded(section, by), Counter[str]()
     scorer.begin()
     runner = Runner([scorer], [], counts)
@@ -133,7 +140,7 @@ def _embed(store: Store, section: str, by: str, folder: str, item: tuple[int, So
             parts.append(vectors[given])
     width = next(field.type.list_size for field in scorer.embeddings if field.name == by)
     whole = np.concatenate([np.empty((0, width), np.float16), *parts])
-    put_arrays(store, f"{folder}/{number:08d}.npz", vectors=whole)
+    put_arrays(store, path, vectors=whole, images=np.array(images))
     return number, len(whole), images
 
 
@@ -146,8 +153,12 @@ def _listing(images: str, place: str) -> Any:
     """What names a set's content: its files and their sizes, or the dataset. Raises PlanError where there is none."""
     if images.startswith(DATASETS):
         name = images.removeprefix(DATASETS).split(":")[0]
-        inside = sorted(Path(name).rglob("*")) if Path(name).is_dir() else []
-        return [images, [(file.name, file.stat().st_size) for file in inside if file.is_file()]]
+        if name and Path(name).is_dir():
+            files = [file for file in sorted(Path(name).rglob("*")) if file.is_file()]
+            return [images, [(file.relative_to(name).as_posix(), file.stat().st_size) for file in files]]
+        if not OF_THE_HUB.fullmatch(name):
+            raise PlanError(f"{place}: {images} is no folder; a dataset of the hub is {DATASETS}NAME@COMMIT[:SPLIT]")
+        return images
     try:
         found = _files(images)
     except (OSError, ValueError, ImportError) as error:
@@ -182,19 +193,36 @@ def _images_of(source: Source) -> Iterator[bytes]:
     if source.kind == "rows":
         rows = _dataset(*source.paths)
         for number in range(*source.rows):
-            held = rows[number]["image"]
-            yield held["bytes"] if held["bytes"] is not None else Path(held["path"]).read_bytes()
+            yield _bytes_of(rows[number]["image"])
         return
     for path in source.paths:
         with fsspec.open(path, "rb") as handle:
             if source.kind == "files":
                 yield handle.read()
                 continue
-            with tarfile.open(fileobj=handle, mode="r|") as archive:
-                for member in archive:
-                    stream = archive.extractfile(member)
-                    if stream is not None and PurePosixPath(member.name).suffix.lower() in SUFFIXES:
-                        yield stream.read()
+            try:
+                yield from _images_in(handle)
+            except tarfile.TarError as error:
+                raise PlanError(f"retrieve.sets: {path} is no whole tar: {error}; restore it") from None
+
+
+def _images_in(handle: IO[bytes]) -> Iterator[bytes]:
+    with tarfile.open(fileobj=handle, mode="r|") as archive:
+        for member in archive:
+            stream = archive.extractfile(member)
+            if stream is not None and PurePosixPath(member.name).suffix.lower() in SUFFIXES:
+                yield stream.read()
+
+
+def _bytes_of(image: Mapping[str, Any] | None) -> bytes:
+    """An image as `datasets` holds it, by its bytes or by its path; nothing for a null and for a path to nowhere."""
+    if image is None:
+        return b""
+    data: bytes | None = image["bytes"]
+    if data is None:
+        path = Path(image["path"] or "")
+        data = path.read_bytes() if path.is_file() else b""
+    return data
 
 
 @lru_cache(maxsize=1)
@@ -203,9 +231,18 @@ def _dataset(name: str, split: str) -> Any:
     import datasets  # noqa: PLC0415  # heavy, and most sets are files
 
     saved = Path(name, "dataset_info.json").is_file() or Path(name, "dataset_dict.json").is_file()
-    held = datasets.load_from_disk(name) if saved else datasets.load_dataset(name)
+    try:
+        if saved:
+            held = datasets.load_from_disk(name)
+        elif Path(name).is_dir():
+            held = datasets.load_dataset(name)
+        else:
+            hub, _, commit = name.rpartition("@")
+            held = datasets.load_dataset(hub, revision=commit)
+    except (OSError, ValueError, datasets.exceptions.DatasetsError) as error:
+        raise PlanError(f"{DATASETS}{name} cannot be loaded: {error}") from None
     if isinstance(held, datasets.DatasetDict):
-        if not split and len(held) > 1:
+        if split not in held and (split or len(held) > 1):
             raise PlanError(f"{DATASETS}{name}: it has the splits {', '.join(held)}; write {DATASETS}{name}:SPLIT")
         held = held[split or next(iter(held))]
     columns = [column for column, kind in held.features.items() if isinstance(kind, datasets.Image)]

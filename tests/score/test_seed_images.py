@@ -5,6 +5,7 @@ import shutil
 import tarfile
 from collections import Counter
 from pathlib import Path
+from typing import Any
 
 import datasets
 import numpy as np
@@ -22,7 +23,8 @@ from curate.score.scorer import Device, ImageScorer
 from curate.score.seed_images import SeedImagesStep, seed_images_step
 from curate.store import Store
 from curate.vectors import get_arrays
-from tests.retrieve.pool import shuffled_map
+from tests.retrieve.pool import Killed, dying_map, shuffled_map
+from tests.retrieve.test_step import _tree
 from tests.score.tiny import encoded, picture
 
 SECTION = {"clip": {"scorer": "clip", "model": f"local-dir:{weights_dir()}"}, "phash": {"scorer": "phash"}}
@@ -58,9 +60,11 @@ def sets(tmp_path: Path) -> dict[str, str]:
                         info = tarfile.TarInfo(name)
                         info.size = len(held)
                         archive.addfile(info, io.BytesIO(held))
-    rows = {"label": list(range(11)), "photo": [{"bytes": data, "path": None} for data in PICTURES]}
+    photos = [*({"bytes": data, "path": None} for data in PICTURES), None]
     features = datasets.Features({"label": datasets.Value("int32"), "photo": datasets.Image()})
-    datasets.Dataset.from_dict(rows, features).save_to_disk(str(tmp_path / "saved"))
+    saved = datasets.Dataset.from_dict({"label": list(range(12)), "photo": photos}, features)
+    saved.save_to_disk(str(tmp_path / "saved"))
+    datasets.DatasetDict({"train": saved, "test": saved}).save_to_disk(str(tmp_path / "splits"))
     return {
         "files": str(tmp_path / "folder"),
         "tars": str(tmp_path / "*.tar"),
@@ -68,9 +72,9 @@ def sets(tmp_path: Path) -> dict[str, str]:
     }
 
 
-def run(step: SeedImagesStep, store: Store) -> dict[str, int]:
+def run(step: SeedImagesStep, store: Store, mapper: Any = shuffled_map) -> dict[str, int]:
     with progress("seeds", 1) as ticker:
-        return dict(step.run(store, [], shuffled_map, ticker))
+        return dict(step.run(store, [], mapper, ticker))
 
 
 def test_every_kind_of_set_has_the_scorers_vectors(
@@ -84,7 +88,7 @@ def test_every_kind_of_set_has_the_scorers_vectors(
     assert not step.done(store, [])
     counts = run(step, store)
     assert step.done(store, [])
-    assert counts == {"images of files": 12, "images of tars": 11, "images of rows": 11, "images without a vector": 1}
+    assert counts == {"images of files": 12, "images of tars": 11, "images of rows": 12, "images without a vector": 2}
     order = {
         "files": [*range(0, 11, 2), *range(1, 11, 2)],
         "tars": [*range(0, 11, 2), *range(1, 11, 2)],
@@ -92,7 +96,7 @@ def test_every_kind_of_set_has_the_scorers_vectors(
     }
     for name, folder in step.folders.items():
         told = store.get_json(f"{folder}/rows.json")
-        assert told["images"] == 11 + (name == "files") and sum(told["rows"]) == 11
+        assert told["images"] == 11 + (name != "tars") and sum(told["rows"]) == 11
         parts = [get_arrays(store, f"{folder}/{number:08d}.npz")["vectors"] for number in range(len(told["rows"]))]
         assert [len(part) for part in parts] == told["rows"]
         found = np.concatenate(parts)
@@ -112,6 +116,31 @@ def test_what_is_embedded_once_is_named_by_images_and_scorer(tmp_path: Path, set
     assert seed_images_step({}, SECTION, "anything", store).done(store, [])
 
 
+def test_a_killed_run_embeds_the_rest(tmp_path: Path, sets: dict[str, str], monkeypatch: pytest.MonkeyPatch) -> None:
+    """Guards against a million seeds embedded again because the machine of the last thousand was taken away."""
+    monkeypatch.setattr(seed_images, "IMAGES_PER_ITEM", 4)
+    embedded, run_batch = Counter[str](), Runner.run
+
+    def counting(runner: Runner, chunk: Chunk, prepared: Any) -> Any:
+        embedded["images"] += chunk.rows
+        return run_batch(runner, chunk, prepared)
+
+    monkeypatch.setattr(Runner, "run", counting)
+    one = {"files": sets["files"]}
+    trees = []
+    for root, lives in (("whole", []), ("killed", [1, 1, 0])):
+        store = Store(str(tmp_path / root))
+        for survives in lives:
+            with pytest.raises(Killed):
+                run(seed_images_step(one, SECTION, "clip_image", store), store, dying_map(survives))
+        step = seed_images_step(one, SECTION, "clip_image", store)
+        counts = run(step, store)
+        assert counts == {"images of files": 12, "images without a vector": 1}
+        trees.append(_tree(tmp_path / root))
+    assert trees[0] == trees[1]
+    assert embedded["images"] == 2 * 12  # 12 of the whole run; of the killed ones the first piece once, and the rest
+
+
 def test_wrong_sets_are_refused_in_the_plan(tmp_path: Path, sets: dict[str, str]) -> None:
     """Guards against a night of scoring before a folder turns out to be empty or the scorer to be none."""
     store = Store(str(tmp_path / "root"))
@@ -120,11 +149,32 @@ def test_wrong_sets_are_refused_in_the_plan(tmp_path: Path, sets: dict[str, str]
         (str(tmp_path / "empty"), "clip_image", "no images at"),
         (str(tmp_path / "none-*.tar"), "clip_image", "no images at"),
         (sets["files"], "phash", "no image scorer of this recipe writes phash"),
+        ("datasets:owner/name:train", "clip_image", "NAME@COMMIT"),
+        ("datasets:owner/name@main", "clip_image", "NAME@COMMIT"),
+        ("datasets:", "clip_image", "NAME@COMMIT"),
     ):
         with pytest.raises(PlanError, match=words):
             seed_images_step({"x": images}, SECTION, by, store)
     (tmp_path / "bad").mkdir()
     (tmp_path / "bad" / "a.png").write_bytes(b"no image")
-    step = seed_images_step({"x": str(tmp_path / "bad")}, SECTION, "clip_image", store)
-    with pytest.raises(PlanError, match="holds no image that can be embedded"):
-        run(step, store)
+    (tmp_path / "cut.tar").write_bytes((tmp_path / "0.tar").read_bytes()[:700])
+    for images, words in (
+        (str(tmp_path / "bad"), "holds no image that can be embedded"),
+        (str(tmp_path / "cut.tar"), "is no whole tar"),
+        (f"datasets:{tmp_path / 'empty'}", "cannot be loaded"),
+        (f"datasets:{tmp_path / 'splits'}", "train, test; write"),
+        (f"datasets:{tmp_path / 'splits'}:val", "train, test; write"),
+    ):
+        step = seed_images_step({"x": images}, SECTION, "clip_image", store)
+        with pytest.raises(PlanError, match=words):
+            run(step, store)
+
+
+def test_a_dataset_of_the_hub_is_known_by_its_commit(tmp_path: Path) -> None:
+    """Guards against seeds that change on the hub under a fingerprint that does not."""
+    store = Store(str(tmp_path))
+    folders = [
+        seed_images_step({"x": f"datasets:owner/name@{digit * 40}{split}"}, SECTION, "clip_image", store).folders["x"]
+        for digit in "ab" for split in ("", ":train")
+    ]  # fmt: skip
+    assert len(set(folders)) == 4
