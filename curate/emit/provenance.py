@@ -1,7 +1,9 @@
 """What a release tells about itself: `release.json`, without secrets and without anything that differs between two
-undisturbed runs (no times, no hosts, no root, no number of workers).
+undisturbed runs (no times, no hosts, no root, no number of workers). Its seal is the sum of all the rest of it.
 """
 
+import hashlib
+import json
 import math
 import re
 from collections.abc import Mapping, Sequence
@@ -13,6 +15,7 @@ from curate.emit.shuffle import Group
 from curate.schema import Shard, TableSpec, pool_digest
 
 FORMAT = 1
+SEAL = "sha256"
 _PACKAGES = ("curate", "datasets", "duckdb", "numpy", "onnxruntime", "open_clip_torch", "pillow", "pyarrow", "ray",
              "timm", "torch", "transformers")  # fmt: skip
 _SECRET = re.compile(r"secret|token|password|passwd|credential|api_?key|access_?key|signature", re.IGNORECASE)
@@ -39,6 +42,12 @@ def recipe_of(recipe: Recipe) -> dict[str, Any]:
     tree = recipe.model_dump(mode="json", exclude=set(_OF_ONE_RUN))
     found: dict[str, Any] = without_secrets(tree)
     return found
+
+
+def seal_of(release: Mapping[str, Any]) -> str:
+    """SHA-256 of all of a `release.json` but its seal: `curate verify` finds what was changed in it by hand."""
+    rest = json.loads(json.dumps({name: value for name, value in release.items() if name != SEAL}))  # keys are strings
+    return hashlib.sha256(json.dumps(rest, sort_keys=True).encode()).hexdigest()
 
 
 def versions() -> dict[str, str]:

@@ -29,7 +29,7 @@ from curate.config import EmitSettings, Recipe
 from curate.emit.card import card
 from curate.emit.facts import card_features, facts_of
 from curate.emit.passes import Build, order, pick, write
-from curate.emit.provenance import release_note, subset_note
+from curate.emit.provenance import SEAL, release_note, seal_of, subset_note
 from curate.emit.shuffle import Group, deal, group
 from curate.emit.successor import carry
 from curate.emit.summary import Summary
@@ -42,7 +42,7 @@ from curate.schema import Shard, TableSpec, fingerprint, inputs_of, pool_digest
 from curate.stage import CrossStep, Map
 from curate.store import Store
 
-VERSION = 2
+VERSION = 3
 LATEST = f"{RELEASES}/latest"
 DAY_S = 24 * 3600  # after which an unfinished release is taken for given up
 
@@ -192,6 +192,7 @@ class EmitStep(CrossStep):
         readme = card(release, card_features(self._facts, self._settings.image_names)).encode()
         store.put_bytes(f"{target}/README.md", readme)
         release["card"] = {"sha256": hashlib.sha256(readme).hexdigest()}
+        release[SEAL] = seal_of(release)
         store.put_json(f"{target}/{NOTE}", release)
 
     def _publish(self, build: Build) -> None:

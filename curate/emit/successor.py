@@ -21,6 +21,7 @@ import yaml
 
 from curate.emit.card import card
 from curate.emit.passes import Hashed
+from curate.emit.provenance import SEAL, seal_of
 from curate.emit.summary import Summary
 from curate.emit.verify import NOTE, RELEASES, WITHDRAWN
 from curate.removed import REMOVED
@@ -91,6 +92,7 @@ def succeed(store: Store, old: str, keys: frozenset[str]) -> str:
     readme = card(note, _features(store, old)).encode()
     store.put_bytes(f"{target}/README.md", readme)
     note["card"] = {"sha256": hashlib.sha256(readme).hexdigest()}
+    note[SEAL] = seal_of(note)
     store.put_json(f"{target}/{NOTE}", note)
     if store.is_local:
         Path(store.full(target)).rename(store.full(f"{RELEASES}/{name}"))

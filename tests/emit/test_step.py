@@ -17,6 +17,7 @@ from curate.emit.verify import verify_release
 from curate.errors import PlanError, ReleaseError
 from curate.schema import Shard
 from curate.store import Store
+from curate.tar import BLOCK, header
 from tests.emit.pool import TABLES, emitter, make_pool, recipe_with, run, selected, shuffled_map
 
 SUBSETS = {"good": {"where": "score > 0.2"}, "best": {"keep_top": {"by": "score", "fraction": 0.3}}}
@@ -229,9 +230,11 @@ def test_release_holds_no_secret_and_no_place(tmp_path: Path) -> None:
     assert not any(word in text for word in ("pw1", "pw2", "pw3", "/secret/place", str(tmp_path)))
 
 
-@pytest.mark.parametrize("damage", ["byte", "cut", "extra", "missing", "sizes", "manifest", "note"])
+@pytest.mark.parametrize("damage", [
+    "byte", "cut", "extra", "missing", "sizes", "manifest", "note", "name", "length", "folder", "recipe", "list",
+])  # fmt: skip
 def test_verify_finds_damage(tmp_path: Path, damage: str) -> None:
-    """Guards against a verification that would pass anything."""
+    """Guards against a verification that would pass anything, and one that damage ends with a traceback."""
     store, shards = _pool(tmp_path)
     run(emitter(store, shards, recipe_with(SUBSETS, samples_per_shard=100)), store, shards)
     name = str(latest_release(store))
@@ -258,6 +261,24 @@ def test_verify_finds_damage(tmp_path: Path, damage: str) -> None:
         table = pq.read_table(folder / "manifest.parquet")
         pq.write_table(table.slice(1), folder / "manifest.parquet")
         words = "manifest.parquet: sha256"
+    elif damage == "name":
+        with tarfile.open(tar) as archive:
+            size = archive.getmembers()[0].size
+        tar.write_bytes(header("../no key.jpg", size) + tar.read_bytes()[BLOCK:])
+        words = "no key.jpg is not the"
+    elif damage == "length":
+        (folder / "best" / "__len__").write_bytes(b"\xff")
+        words = "__len__"
+    elif damage == "folder":
+        tar.unlink()
+        tar.mkdir()
+    elif damage == "recipe":
+        note = (folder / "release.json").read_text()
+        (folder / "release.json").write_text(note.replace("score > 0.2", "score > 0.9"))
+        words = "its seal does not fit"
+    elif damage == "list":
+        (folder / "release.json").write_text("[]")
+        words = "its seal does not fit"
     else:
         (folder / "release.json").unlink()
         words = "never finished"
