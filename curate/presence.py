@@ -106,7 +106,8 @@ def _is_gone(store: Store, name: str, mine: str) -> bool:
 
 
 def _keep_signing(store: Store, name: str, stop: threading.Event) -> None:
-    """Sign every minute; end the process as Ctrl-C does when others took us for given up."""
+    """Sign every minute; when others took us for given up, end the process as Ctrl-C does, or where that is ignored (a
+    shell's background job) as `kill` does."""
     path = f"{FOLDER}/{name}"
     while not stop.wait(SIGN_EVERY_S):
         began = time.time()
@@ -119,5 +120,7 @@ def _keep_signing(store: Store, name: str, stop: threading.Event) -> None:
         except Exception:  # noqa: S112  # whatever the store's client raises: the next sign may come through
             continue
         if not stop.is_set():
-            signal.pthread_kill(threading.main_thread().ident or 0, signal.SIGINT)
+            ignored = signal.getsignal(signal.SIGINT) is signal.SIG_IGN
+            how = signal.SIGTERM if ignored else signal.SIGINT
+            signal.pthread_kill(threading.main_thread().ident or 0, how)
             return

@@ -105,7 +105,7 @@ def test_killed_driver_goes_on_to_the_same_release(
             command("run", recipe), stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL, env=environment()
         )
         try:
-            process.wait(timeout=draw.uniform(1.0, 7.0) + (6.0 if engine == "ray" else 0.0))
+            process.wait(timeout=draw.uniform(1.0, 5.0) + (6.0 if engine == "ray" else 0.0))
         except subprocess.TimeoutExpired:
             process.send_signal(signal.SIGKILL)
             process.wait()
