@@ -17,6 +17,7 @@ from curate.overrides import apply
 
 Fraction = Annotated[float, Field(gt=0, le=1)]
 Positive = Annotated[int, Field(gt=0)]
+Seed = Annotated[int, Field(ge=0)]
 SubsetName = Annotated[str, Field(pattern=r"^[A-Za-z][A-Za-z0-9_]{0,63}$")]
 Place = Annotated[str, Field(min_length=1, pattern=r"^[^\x00]*$")]  # a path or URL; "" would mean the current folder
 
@@ -139,8 +140,8 @@ class CellsSettings(LevelSettings):
     init: Literal["kmeans++", "random"] = "kmeans++"
     iterations: Annotated[int, Field(ge=0)] = 20
     points_per_cell: Positive = 256  # of the sample that k-means is trained on
-    seed: int = 0
-    centroids: str | None = None  # .npy, or _cells/*/centroids.npz of a run: no training, whatever the pool grows to
+    seed: Seed = 0
+    centroids: Place | None = None  # .npy, or _cells/*/centroids.npz of a run: no training, whatever the pool grows to
 
 
 class SeedSet(Settings):
@@ -148,9 +149,9 @@ class SeedSet(Settings):
 
     name: SubsetName
     how: Literal["sample", "cluster", "as_is"]
-    embeddings: str | None = None  # .npy, .npz or Parquet
+    embeddings: Place | None = None  # .npy, .npz or Parquet
     array: str | None = None  # its array or column, where it has more than one
-    images: str | None = None  # a folder, …*.tar, or datasets:NAME@COMMIT[:SPLIT]: embedded by cells.by's scorer
+    images: Place | None = None  # a folder, …*.tar, or datasets:NAME@COMMIT[:SPLIT]: embedded by cells.by's scorer
     where: str | None = None  # SQL over the pool's columns
     k: Positive = 4  # sample: nearest pool images of each seed
     nprobe: Positive = 16  # sample: cells that are searched for each seed
@@ -175,7 +176,7 @@ class RetrieveSettings(Settings):
     rerank: Positive = 8  # of each seed's neighbours by code, so many times k are then compared exactly
     count_once: bool = False  # LVD-142M counts an image as often as seeds found it
     recall_seeds: Annotated[int, Field(ge=0)] = 100  # of each sample set, compared with an exact search
-    seed: int = 0
+    seed: Seed = 0
 
     @field_validator("sets")
     @classmethod
@@ -195,19 +196,26 @@ class HierarchySettings(Settings):
     multiplier: Positive = 1  # times that an image may be taken
     iterations: Annotated[int, Field(ge=0)] = 50
     points_per_cell: Positive = 256
-    seed: int = 0
+    seed: Seed = 0
+
+    @field_validator("targets")
+    @classmethod
+    def _distinct(cls, value: list[int]) -> list[int]:
+        if len(set(value)) < len(value):
+            raise ValueError("two targets are equal")
+        return value
 
 
 class BalanceSettings(Settings):
     """MetaCLIP: entries that a caption contains, and a limit to how many captions an entry keeps."""
 
-    entries: str  # a text file, an entry a line, or a JSON list
+    entries: Place  # a text file, an entry a line, or a JSON list
     where: str | None = None  # SQL: only these rows are counted and drawn
     column: str = "text"
     version: Literal[1, 2] = 1  # of the matching rules
     t: Annotated[float, Field(gt=0)] | None = None  # matches that an entry keeps
     p: Annotated[float, Field(ge=0, le=1)] | None = None  # instead: share of matches that the tail is to have
-    seed: int = 0
+    seed: Seed = 0
 
     @model_validator(mode="after")
     def _one_limit(self) -> "BalanceSettings":
@@ -226,7 +234,7 @@ class ExpertsSettings(Settings):
     sample: Positive = 1_000_000  # captions that the clusters are trained on
     fine_iterations: Positive = 50
     coarse_iterations: Positive = 100
-    seed: int = 0
+    seed: Seed = 0
 
 
 class KeepTop(Settings):

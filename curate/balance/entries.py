@@ -73,16 +73,21 @@ def digest_of(path: str) -> str:
 
 
 def read_entries(path: str) -> list[str]:
-    """The entries of a file, in its order. Raises PlanError."""
+    """The entries of a file, in its order; empty lines are none. Raises PlanError."""
     data = _bytes(path)
     try:
-        text = data.decode("utf-8")
-        entries = json.loads(text) if path.endswith(".json") else text.splitlines()
-    except ValueError as error:
+        text = data.decode("utf-8-sig")
+        entries = json.loads(text) if path.endswith(".json") else _lines(text)
+        json.dumps(entries, ensure_ascii=False).encode()  # JSON may spell half a surrogate, which is no text
+    except (ValueError, RecursionError) as error:
         raise PlanError(f"balance.entries: {path} is not UTF-8 text or JSON: {error}") from None
     if not isinstance(entries, list) or not entries or not all(isinstance(entry, str) for entry in entries):
         raise PlanError(f"balance.entries: {path} is no list of texts; expected an entry a line, or a JSON list")
     return entries
+
+
+def _lines(text: str) -> list[str]:
+    return [line for line in text.replace("\r\n", "\n").split("\n") if line]
 
 
 def _bytes(path: str) -> bytes:

@@ -49,11 +49,13 @@ class BalanceStep(CrossStep):
             used += names_in(settings.where, schema_of(columns)) if settings.where else []
         except PlanError as error:
             raise PlanError(f"balance.where: {error}") from None
+        if "" in entries.read_entries(settings.entries) and settings.version == 2:
+            raise PlanError(f"balance.entries: {settings.entries} has an empty entry, which version 2 cannot place")
         self.settings = settings
         read = {columns[name].table.name: columns[name].table for name in used}
         identity = settings.model_dump(mode="json")
         identity |= {"entries": entries.digest_of(settings.entries), "pool": pool_digest(shards)}
-        self._spec = TableSpec("balance", 1, pa.schema([KEY, *BALANCE]), identity, inputs_of(read.values()))
+        self._spec = TableSpec("balance", 2, pa.schema([KEY, *BALANCE]), identity, inputs_of(read.values()))
         self.tables = (self._spec,)
         work = f"_work/balance/{self._spec.fingerprint}"
         self._captions = entries.Captions(store, columns, tuple(dict.fromkeys(used)), settings, self._spec, work)

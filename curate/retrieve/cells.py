@@ -196,6 +196,7 @@ def distances(cells: Cells, vectors: npt.NDArray[Any], members: Int32) -> Float3
     """float32[n]: the distance of each row to the centroid of its cell, NaN for cell -1."""
     out = np.full(len(vectors), np.nan, dtype=np.float32)
     lengths = norms(cells.centroids)
+    lengths[lengths == 0] = 1.0  # the mean of opposite vectors: cosine 0 to all
     for start in range(0, len(vectors), EXACT_ROWS):
         rows = start + np.flatnonzero(members[start : start + EXACT_ROWS] >= 0)
         points, centres = widened(vectors[rows]), cells.centroids[members[rows]]

@@ -84,6 +84,8 @@ def prepare(founding: Pool, place: Place, settings: CellsSettings, work: str, ma
         expected = (settings.count, founding.width)
         if centroids.shape != expected:
             raise PlanError(f"cells.centroids: {settings.centroids} is {centroids.shape}, expected {expected}")
+        if settings.metric == "cosine":
+            centroids = kernels.unit(centroids)
         put_arrays(founding.store, path, centroids=centroids)
 
 

@@ -213,7 +213,8 @@ class Codes:
                 index.pq.cp.min_points_per_centroid = 1  # a small pool: FAISS would warn once a quantiser
             index.train(unit(sample))
         except RuntimeError as error:
-            raise PlanError(f"search: codec {codec!r} cannot be trained: {error}") from error
+            told = f"search: codec {codec!r} cannot be trained on {len(sample)} vectors: {error}"
+            raise PlanError(f"{told}; search a small pool without codes") from error
         return cls(index)
 
     def packed(self) -> npt.NDArray[np.uint8]:

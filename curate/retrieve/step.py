@@ -139,7 +139,10 @@ class RetrieveStep(CrossStep):
         from curate.retrieve import by_cells, gather, partition, sample_based, seeds  # noqa: PLC0415  # torch, FAISS
 
         pool, place = self._cells.pool, self._cells.place
-        parts = partition.parts_of(place.sizes(store), _bytes_a_row(self.settings.codes, pool.width))
+        sizes = place.sizes(store)
+        if not sizes.any() and any(one.how != "as_is" for one in self.settings.sets):
+            raise PlanError("retrieve: no row of the pool is in a cell; check `cells.where`")
+        parts = partition.parts_of(sizes, _bytes_a_row(self.settings.codes, pool.width))
         folder = f"_work/retrieved/{self._spec.fingerprint}"
         work = seeds.Retrieval(pool, place, self.settings, parts, folder, self._embedded)
         met = seeds.hand_out(work, map_items)

@@ -9,8 +9,11 @@ and whatever is not a matrix of numbers.
 """
 
 import hashlib
+from collections.abc import Iterator
+from contextlib import contextmanager
 from functools import lru_cache
 from typing import Any, BinaryIO, cast
+from zipfile import BadZipFile
 
 import fsspec
 import numpy as np
@@ -43,8 +46,9 @@ def digest_of(path: str, place: str) -> str:
 def length_of(path: str, array: str | None) -> int:
     """How many vectors a file holds. Raises PlanError when it is none of the three."""
     if path.endswith(".parquet"):
-        with _open(path) as handle:
-            return int(pq.read_metadata(handle).num_rows)
+        with _parquet_file(path) as file:
+            _column(path, array, file)
+            return int(file.metadata.num_rows)
     return len(_matrix(path, array))
 
 
@@ -52,7 +56,8 @@ def read_span(path: str, array: str | None, start: int, stop: int) -> npt.NDArra
     """Vectors `start` to `stop` of a file, [stop - start, d]; a null of Parquet is a row of NaN."""
     if path.endswith(".parquet"):
         return _parquet(path, array, start, stop)
-    return np.array(_matrix(path, array)[start:stop])
+    part = _matrix(path, array)[start:stop]
+    return np.array(part, dtype=part.dtype.newbyteorder("="))
 
 
 @lru_cache(maxsize=1)  # pieces of one file are read one after the other
@@ -66,7 +71,7 @@ def _matrix(path: str, array: str | None) -> npt.NDArray[Any]:
                 held = np.load(handle, allow_pickle=False)
                 if not isinstance(held, np.ndarray):
                     held = held[_chosen(path, array, held.files)]
-    except ValueError as error:
+    except (ValueError, EOFError, BadZipFile) as error:
         raise PlanError(f"{path}: neither .npy nor .npz of numbers: {error}") from None
     if held.ndim != 2 or not np.issubdtype(held.dtype, np.floating):
         raise PlanError(f"{path}: a matrix of floats is expected, found {held.dtype}{list(held.shape)}")
@@ -74,9 +79,8 @@ def _matrix(path: str, array: str | None) -> npt.NDArray[Any]:
 
 
 def _parquet(path: str, array: str | None, start: int, stop: int) -> npt.NDArray[Any]:
-    with _open(path) as handle, pq.ParquetFile(handle) as file:
-        lists = [field.name for field in file.schema_arrow if pa.types.is_nested(field.type)]
-        name = _chosen(path, array, lists)
+    with _parquet_file(path) as file:
+        name = _column(path, array, file)
         ends = np.cumsum([0] + [file.metadata.row_group(group).num_rows for group in range(file.num_row_groups)])
         groups = [group for group in range(file.num_row_groups) if ends[group] < stop and ends[group + 1] > start]
         if not groups:
@@ -87,9 +91,29 @@ def _parquet(path: str, array: str | None, start: int, stop: int) -> npt.NDArray
     floats = np.asarray(there.combine_chunks().flatten(), dtype=np.float32)
     if len(there) and (len(floats) % len(there) or len(set(pc.list_value_length(there).to_pylist())) > 1):
         raise PlanError(f"{path}: the lists of {name} are not all of one length")
-    out = np.full((len(part), len(floats) // max(len(there), 1)), np.nan, np.float32)
-    out[np.asarray(part.is_valid())] = floats.reshape(len(there), -1)
+    width = len(floats) // max(len(there), 1)
+    out = np.full((len(part), width), np.nan, np.float32)
+    out[np.asarray(part.is_valid())] = floats.reshape(len(there), width)
     return out
+
+
+@contextmanager
+def _parquet_file(path: str) -> Iterator[pq.ParquetFile]:
+    try:
+        with _open(path) as handle, pq.ParquetFile(handle) as file:
+            yield file
+    except pa.ArrowInvalid as error:
+        raise PlanError(f"{path} is no whole Parquet file: {error}") from None
+
+
+def _column(path: str, array: str | None, file: pq.ParquetFile) -> str:
+    """The column of vectors: lists of floats."""
+    kinds = (pa.types.is_list, pa.types.is_large_list, pa.types.is_fixed_size_list)
+    lists = [
+        field.name for field in file.schema_arrow
+        if any(kind(field.type) for kind in kinds) and pa.types.is_floating(field.type.value_type)
+    ]  # fmt: skip
+    return _chosen(path, array, lists)
 
 
 def _chosen(path: str, array: str | None, names: list[str]) -> str:

@@ -179,6 +179,40 @@ def test_experts_are_those_of_the_nearest_fine_centre(tmp_path: Path, mapper: An
     assert len(seen) == 3
 
 
+def test_entries_are_lines_however_an_editor_leaves_them(tmp_path: Path) -> None:
+    """Guards against a first entry that nothing matches, an empty one that all do, and lines cut where only Unicode
+    sees an end of line."""
+    file = tmp_path / "entries.txt"
+    file.write_bytes("\ufeffdog\r\n\r\na\u2028b\x0cc\nd.g (\n猫\n\n".encode())
+    assert entries_file.read_entries(str(file)) == ["dog", "a\u2028b\x0cc", "d.g (", "猫"]
+
+
+@pytest.mark.parametrize(
+    ("texts", "limits", "told"),
+    [
+        ([None, None], {"t": 3}, (3, None, 0, 0)), (["dog"], {"t": 1e30}, (1e30, 1.0, 1, 1)),
+        (["cat"], {"p": 0.3}, (1, None, 0, 0)), (["a dog", "a dog"], {"p": 0.0}, (1, 0.0, 2, 2)),
+        (["a dog", "a dog", "sky"], {"p": 1.0}, (2, 1 / 3, 3, 3)), ([""], {"p": 1.0}, (1, None, 0, 0)),
+    ],
+)  # fmt: skip
+def test_small_pools_and_extreme_limits(
+    tmp_path: Path, texts: list[str | None], limits: dict[str, Any], told: tuple[Any, ...]
+) -> None:
+    """Guards against pools of nulls or of one caption, and limits at their ends, that fail or keep at random."""
+    store, shard, keys = Store(str(tmp_path)), Shard("0000", len(texts)), keys_of(["u"] * len(texts), texts)
+    rows = pa.table([keys, ["u"] * len(texts), pa.array(texts, pa.string()), ["en"] * len(texts)], SAMPLES.schema)
+    store.write(SAMPLES, shard, rows)
+    store.write(IMAGES, shard, pa.table([keys, ["ok"] * len(texts)], schema=IMAGES.schema), SAMPLES)
+    (tmp_path / "entries.txt").write_text("dog\nsky\ndog dog\n")
+    settings = BalanceSettings(entries=str(tmp_path / "entries.txt"), **limits)
+    step = balance_step(settings, store, TABLES, [shard])
+    go(step, store, [shard])
+    facts = step.facts(store)
+    assert facts is not None
+    assert (facts["t"], facts["p"], facts["matches"], facts["captions_kept"]) == pytest.approx(told)
+    assert go(step, store, [shard]) == {}
+
+
 def test_wrong_settings_are_refused_in_the_plan(tmp_path: Path) -> None:
     """Guards against a balance that fails after a pool was fetched and scored."""
     store = Store(str(tmp_path))
@@ -190,8 +224,13 @@ def test_wrong_settings_are_refused_in_the_plan(tmp_path: Path) -> None:
     ):  # fmt: skip
         with pytest.raises(PlanError, match=words):
             balance_step(BalanceSettings(entries=str(good), t=2).model_copy(update=update), store, TABLES, [])
-    (tmp_path / "bad.json").write_text('{"a": 1}')
-    with pytest.raises(PlanError, match="no list of texts"):
-        entries_file.read_entries(str(tmp_path / "bad.json"))
+    for number, (text, words) in enumerate((
+        ('{"a": 1}', "no list of texts"), ("[]", "no list of texts"), ("[1]", "no list of texts"),
+        ('["\\ud800"]', "not UTF-8"), ("[" * 100_000, "not UTF-8"), ('["dog", ""]', "version 2 cannot place"),
+    )):  # fmt: skip
+        path = tmp_path / f"{number}.json"
+        path.write_text(text)
+        with pytest.raises(PlanError, match=words):
+            balance_step(BalanceSettings(entries=str(path), t=2, version=2), store, TABLES, [])
     with pytest.raises(PlanError, match="coarse <= fine"):
         experts_step(ExpertsSettings(by="toy", fine=2, coarse=3), store, VECTOR_TABLES, [])

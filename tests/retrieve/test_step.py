@@ -358,33 +358,3 @@ def test_parquet_seeds(tmp_path: Path) -> None:
     numbers = _usable(rows)[0]
     found = {at for at, row in enumerate(rows_of(store, step.tables[0], shards)) if row["is_retrieved"]}
     assert found == set(numbers[:30].tolist()) - {int(numbers[5])}
-
-
-@pytest.mark.parametrize(
-    ("update", "words"),
-    [({"by": "nope"}, "no column of vectors"), ({"by": "folder"}, "toy"), ({"where": "nope > 1"}, "cells.where"),
-     ({"centroids": "/nowhere.npy"}, "cannot be read")],
-)  # fmt: skip
-def test_wrong_cells_are_refused_in_the_plan(tmp_path: Path, update: dict[str, Any], words: str) -> None:
-    """Guards against settings that fail after a night of scoring."""
-    with pytest.raises(PlanError, match=words):
-        cells_step(CELLS.model_copy(update=update), Store(str(tmp_path)), TABLES, [])
-
-
-def test_wrong_seeds_are_refused(tmp_path: Path) -> None:
-    """Guards against seeds of another model, or of no model, that retrieve noise."""
-    store = Store(str(tmp_path / "run"))
-    shards, _ = build(store)
-    cells = _cells(store, shards)
-    np.save(tmp_path / "wide.npy", np.ones((3, WIDTH + 1), np.float32))
-    wide = SeedSet(name="set", how="sample", embeddings=str(tmp_path / "wide.npy"))
-    with pytest.raises(PlanError, match="embed both by one model"):
-        go(retrieve_step(RetrieveSettings(sets=[wide]), cells), store, shards)
-    for one in (SeedSet(name="set", how="sample", embeddings="/no.npy"), SeedSet(name="set", how="cluster", where="x")):
-        with pytest.raises(PlanError, match=r"retrieve\.sets\.set"):
-            retrieve_step(RetrieveSettings(sets=[one]), cells)
-    none = SeedSet(name="set", how="cluster", where="folder = 'z'")
-    with pytest.raises(PlanError, match="no seed has a usable vector"):
-        go(retrieve_step(RetrieveSettings(sets=[none]), cells), store, shards)
-    with pytest.raises(PlanError, match=r"metric: l2"):
-        hierarchy_step(HierarchySettings(targets=[3]), cells)

@@ -1,0 +1,119 @@
+"""What people write and hand over by mistake: an error that says what to change, or a sound result."""
+
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
+import pytest
+
+from curate.config import HierarchySettings, RetrieveSettings, SeedSet
+from curate.errors import PlanError
+from curate.retrieve.step import cells_step, hierarchy_step, retrieve_step
+from curate.store import Store
+from tests.retrieve.pool import TABLES, WIDTH, build, go
+from tests.retrieve.test_step import CELLS, _cells, _usable
+
+
+@pytest.mark.parametrize(
+    ("update", "words"),
+    [({"by": "nope"}, "no column of vectors"), ({"by": "folder"}, "toy"), ({"where": "nope > 1"}, "cells.where"),
+     ({"centroids": "/nowhere.npy"}, "cannot be read")],
+)  # fmt: skip
+def test_wrong_cells_are_refused_in_the_plan(tmp_path: Path, update: dict[str, Any], words: str) -> None:
+    """Guards against settings that fail after a night of scoring."""
+    with pytest.raises(PlanError, match=words):
+        cells_step(CELLS.model_copy(update=update), Store(str(tmp_path)), TABLES, [])
+
+
+@pytest.mark.parametrize(
+    ("name", "data", "words"),
+    [
+        ("a.npy", b"", "neither .npy nor .npz"), ("a.npz", b"PK\3\4", "neither .npy nor .npz"),
+        ("a.npy", np.ones((3, WIDTH), int), "matrix of floats"), ("a.npy", np.ones(WIDTH), "matrix of floats"),
+        ("a.npy", np.ones((0, WIDTH)), "no seed has a usable"),
+        ("a.npy", np.full((3, WIDTH), np.nan), "no seed has a usable"), ("a.parquet", b"PAR1", "no whole Parquet"),
+        ("a.parquet", [["a"] * WIDTH], "no vectors"), ("a.parquet", [[1.0], [1.0, 2.0]], "not all of one length"),
+        ("a.parquet", pa.array([None, None], pa.list_(pa.float32())), "no seed has a usable"),
+        ("a.parquet", [{"a": 1.0}], "no vectors"),
+    ],
+)  # fmt: skip
+def test_broken_files_of_seeds_are_plan_errors(tmp_path: Path, name: str, data: Any, words: str) -> None:
+    """Guards against a traceback of NumPy or Arrow where a person needs the file's name."""
+    store = Store(str(tmp_path / "run"))
+    shards, _ = build(store, shards=2)
+    path = tmp_path / name
+    if isinstance(data, bytes):
+        path.write_bytes(data)
+    elif isinstance(data, np.ndarray):
+        np.save(path, data)
+    else:
+        pq.write_table(pa.table({"v": data}), path)
+    step = retrieve_step(
+        RetrieveSettings(sets=[SeedSet(name="set", how="sample", embeddings=str(path))]), _cells(store, shards)
+    )
+    with pytest.raises(PlanError, match=words):
+        go(step, store, shards)
+
+
+def test_odd_but_usable_seeds_and_pools(tmp_path: Path) -> None:
+    """Guards against another machine's byte order, k and nprobe beyond the pool, repeated seeds, a pool of one row, and
+    centroids without a direction."""
+    store = Store(str(tmp_path / "run"))
+    shards, rows = build(store, shards=2)
+    cells = _cells(store, shards)
+    seeds = np.repeat(_usable(rows)[1][:1], 3, axis=0)
+    np.save(tmp_path / "seeds.npy", seeds.astype(">f4"))
+    one = SeedSet(name="set", how="sample", embeddings=str(tmp_path / "seeds.npy"), k=5000, nprobe=5000)
+    many = len(_usable(rows)[0])
+    for codes in (None, "SQ8"):
+        step = retrieve_step(RetrieveSettings(sets=[one], codes=codes), cells)
+        go(step, store, shards)
+        (line,) = (step.report(store) or {})["sets"]
+        assert (line["seeds"], line["retrieved"], line["different_images"], line["recall"]) == (3, 3 * many, many, 1.0)
+
+    alone = Store(str(tmp_path / "alone"))
+    shard, _ = build(alone, shards=1, rows=1)
+    single = _cells(alone, shard, CELLS.model_copy(update={"count": 1}))
+    step = retrieve_step(RetrieveSettings(sets=[one]), single)
+    go(step, alone, shard)
+    assert (step.report(alone) or {})["different_images"] == 1
+
+    np.save(tmp_path / "zero.npy", np.zeros((2, WIDTH), np.float32))
+    ready = CELLS.model_copy(update={"count": 2, "centroids": str(tmp_path / "zero.npy")})
+    assert store.get_json(_cells(store, shards, ready).facts)["largest_radius"] == 1.0
+
+
+def test_pools_too_small_for_their_settings_are_refused(tmp_path: Path) -> None:
+    """Guards against an error of FAISS, or an empty list, where a person needs to know what to change."""
+    store = Store(str(tmp_path / "run"))
+    shards, _ = build(store, shards=1, rows=8)
+    with pytest.raises(PlanError, match="9 cells asked of 8"):
+        _cells(store, shards, CELLS.model_copy(update={"count": 9}))
+    own = RetrieveSettings(sets=[SeedSet(name="set", how="sample", where="folder IS NOT NULL")])
+    cells = _cells(store, shards, CELLS.model_copy(update={"count": 2}))
+    with pytest.raises(PlanError, match="search a small pool without codes"):
+        go(retrieve_step(own.model_copy(update={"codes": "PQ4"}), cells), store, shards)
+    nobody = _cells(store, shards, CELLS.model_copy(update={"count": 2, "where": "folder = 'z'"}))
+    with pytest.raises(PlanError, match=r"check `cells\.where`"):
+        go(retrieve_step(own, nobody), store, shards)
+
+
+def test_wrong_seeds_are_refused(tmp_path: Path) -> None:
+    """Guards against seeds of another model, or of no model, that retrieve noise."""
+    store = Store(str(tmp_path / "run"))
+    shards, _ = build(store)
+    cells = _cells(store, shards)
+    np.save(tmp_path / "wide.npy", np.ones((3, WIDTH + 1), np.float32))
+    wide = SeedSet(name="set", how="sample", embeddings=str(tmp_path / "wide.npy"))
+    with pytest.raises(PlanError, match="embed both by one model"):
+        go(retrieve_step(RetrieveSettings(sets=[wide]), cells), store, shards)
+    for one in (SeedSet(name="set", how="sample", embeddings="/no.npy"), SeedSet(name="set", how="cluster", where="x")):
+        with pytest.raises(PlanError, match=r"retrieve\.sets\.set"):
+            retrieve_step(RetrieveSettings(sets=[one]), cells)
+    none = SeedSet(name="set", how="cluster", where="folder = 'z'")
+    with pytest.raises(PlanError, match="no seed has a usable vector"):
+        go(retrieve_step(RetrieveSettings(sets=[none]), cells), store, shards)
+    with pytest.raises(PlanError, match=r"metric: l2"):
+        hierarchy_step(HierarchySettings(targets=[3]), cells)
