@@ -4,6 +4,7 @@ A view per table over its committed shards, and `rows`: all tables side by side 
 shards that every table has, with the names of `curate.rows`.
 """
 
+import re
 from collections.abc import Mapping, Sequence
 
 import duckdb
@@ -88,6 +89,11 @@ def quoted(name: str) -> str:
     return '"' + name.replace('"', '""') + '"'
 
 
+def literal(path: str) -> str:
+    """A path for read_parquet, which would take `run[1]` for a pattern, and read the run beside it in `run1`."""
+    return re.sub(r"[\[*?]", r"[\g<0>]", path)
+
+
 def _scan(store: Store, spec: TableSpec, shards: Sequence[str], places: bool = False) -> str:
     files = [_path(store, spec, shard).replace("'", "''") for shard in shards]
     listed = ", ".join(f"'{file}'" for file in files)
@@ -100,6 +106,6 @@ def _scan(store: Store, spec: TableSpec, shards: Sequence[str], places: bool = F
 def _path(store: Store, spec: TableSpec, shard: str) -> str:
     path = store.full(store.shard_path(spec, shard))
     if store.is_local:
-        return path
+        return literal(path)
     protocol = store.fs.protocol if isinstance(store.fs.protocol, str) else store.fs.protocol[0]
     return f"{protocol}://{path}"

@@ -92,10 +92,10 @@ def facts_of(tables: Sequence[TableSpec], columns: Sequence[str] | None, feature
     known = [name for name in wide if name not in (*_HIDDEN, *vectors)]
     first = [name for name in (KEY.name, "url", "text") if name in known]
     manifest = tuple(dict.fromkeys([*first, *known]))
-    chosen = manifest if columns is None else tuple(columns)
+    chosen = manifest if columns is None else tuple(dict.fromkeys(columns))
     _check("emit.columns", chosen, known)
     _check("emit.features", features, [name for name in vectors if name != KEY.name])
-    return Facts(wide, manifest, chosen, tuple(features))
+    return Facts(wide, manifest, chosen, tuple(dict.fromkeys(features)))
 
 
 def _check(place: str, names: Sequence[str], known: Sequence[str]) -> None:

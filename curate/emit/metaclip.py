@@ -16,6 +16,7 @@ from typing import Any
 import duckdb
 import pyarrow as pa
 
+from curate.catalog import literal
 from curate.emit.verify import refuse_withdrawn
 from curate.errors import PlanError
 from curate.store import Store
@@ -59,7 +60,10 @@ def _place(out: Path, number: int) -> Path:
 def _pictures(store: Store, subset: str) -> Iterator[pa.Table]:
     """(url, texts, tar, offset, length) of each URL, by the place of its first row; DuckDB spills what is too much."""
     with duckdb.connect() as connection:
-        if not store.is_local:
+        manifest = store.full("manifest.parquet")
+        if store.is_local:
+            manifest = literal(manifest)
+        else:
             connection.register_filesystem(store.fs)
         found = connection.execute(
             """
@@ -69,7 +73,7 @@ def _pictures(store: Store, subset: str) -> Iterator[pa.Table]:
               FROM read_parquet(?) WHERE subset = ? AND text IS NOT NULL GROUP BY url
             ) ORDER BY place.tar, place.start
             """,
-            [store.full("manifest.parquet"), subset],
+            [manifest, subset],
         )
         reader: Any = found.to_arrow_reader(PICTURES_PER_TAR)
         for batch in reader:

@@ -19,10 +19,13 @@ from tests.emit.pool import emitter, make_pool, recipe_with, run
 def test_metaclip_layout(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Guards against members out of turn, other names than the URL's, and texts of another picture."""
     monkeypatch.setattr(metaclip, "PICTURES_PER_TAR", 25)
-    store = Store(str(tmp_path / "root"))
+    store = Store(str(tmp_path / "root[1]"))
     shards = make_pool(store)
     run(emitter(store, shards, recipe_with({"good": {"where": "score > 0.3"}}, samples_per_shard=40)), store, shards)
-    release = tmp_path / "root" / "releases" / str(latest_release(store))
+    release = tmp_path / "root[1]" / "releases" / str(latest_release(store))
+    beside = tmp_path / "root1" / "releases" / release.name  # which DuckDB takes root[1] for
+    beside.mkdir(parents=True)
+    (beside / "manifest.parquet").write_bytes(b"of another run")
     out = tmp_path / "out"
     for number in range(30):  # of an earlier, longer export
         (out / str(number)).mkdir(parents=True)

@@ -217,6 +217,16 @@ def test_plan_refuses_unknown_columns(tmp_path: Path) -> None:
         emitter(store, shards, recipe_with(SUBSETS, features=["score"]))
 
 
+def test_what_is_named_twice_is_written_once(tmp_path: Path) -> None:
+    """Guards against two members of one name in a sample, which trainers refuse."""
+    store, shards = _pool(tmp_path)
+    twice = {"columns": ["score", "score"], "features": ["toy_image", "toy_image"]}
+    run(emitter(store, shards, recipe_with({"all": {}}, **twice)), store, shards)
+    with tarfile.open(tmp_path / "releases" / str(latest_release(store)) / "all" / "00000.tar") as archive:
+        names = archive.getnames()
+    assert len(set(names)) == len(names)
+
+
 def test_release_holds_no_secret_and_no_place(tmp_path: Path) -> None:
     """Guards against credentials that are published with a dataset."""
     store, shards = _pool(tmp_path)
