@@ -5,6 +5,7 @@ the table meet in one partition; all tables together find every pair (`hamming.e
 holds is compared at once.
 """
 
+import re
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -15,8 +16,10 @@ import numpy.typing as npt
 from curate.dedup.hamming import edges_in_table, edges_within
 from curate.dedup.hamming_tables import HashArray, Tables, plan_tables
 from curate.dedup.near import FRESH, Edges, IntArray, Pool, Records
+from curate.errors import PlanError
 
 HASH_BITS = 64
+HASH = re.compile("[0-9a-fA-F]{16}")
 ROWS_PER_TASK = 16_000_000  # hashes compared in one task: 0.3 GB of hashes and row numbers, about 1 GB at the peak
 SHARDS_PER_CHUNK = 200
 SAMPLED_SHARDS = 64  # the plan looks at the bits of these
@@ -76,7 +79,7 @@ class HashSearch:
 
 def search_hashes(pool: Pool, radius: int) -> HashSearch:
     """The search for this pool, planned from the bits of a spread of shards; the same whenever it is asked."""
-    parts = 1 << max(0, (-(-pool.rows // ROWS_PER_TASK) - 1).bit_length())
+    parts = 1 << (max(0, pool.rows - 1) // ROWS_PER_TASK).bit_length()
     if parts == 1:
         return HashSearch(radius, None, 1, SHARDS_PER_CHUNK)
     step = max(1, len(pool.names) // SAMPLED_SHARDS)
@@ -88,8 +91,19 @@ def search_hashes(pool: Pool, radius: int) -> HashSearch:
 
 
 def hashes_of(texts: Sequence[str | None]) -> HashArray:
-    """Sixteen hexadecimal digits each, first digit highest, as uint64."""
-    return np.array([int(text, 16) for text in texts if text is not None], np.uint64)
+    """Sixteen hexadecimal digits each, first digit highest, as uint64. Raises PlanError for anything else."""
+    there = [text for text in texts if text is not None]
+    wrong = next((text for text in there if not is_hash(text)), None)
+    if wrong is not None:
+        raise PlanError(
+            f"{wrong[:40]!r} is no pHash of 16 hexadecimal digits; score it again, or compare equal ones only"
+        )
+    return np.array([int(text, 16) for text in there], np.uint64)
+
+
+def is_hash(text: str) -> bool:
+    """Whether these are sixteen hexadecimal digits."""
+    return HASH.fullmatch(text) is not None
 
 
 def similarity_of(distance: npt.NDArray[Any]) -> npt.NDArray[np.float32]:

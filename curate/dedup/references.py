@@ -3,11 +3,13 @@
 A set is a file of pHashes or of embeddings with an id each (`curate.config.ReferenceSettings`). Every row of the pool
 is compared with every image of the set, exactly, whatever the cells of the rule, and its nearest one is named; equally
 near ones by the lower place in the file. Cosines count above the threshold (DINOv2: 0.45, DataComp: 0.604169, both
-published as "greater than"). It refuses a file in which it finds no hashes or vectors.
+published as "greater than"). It refuses a file in which it finds no hashes or vectors, and vectors that can match
+nothing (zero, NaN, infinite): an evaluation image would else stay in the pool unseen.
 """
 
 import hashlib
 import io
+import zipfile
 from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any
@@ -21,7 +23,7 @@ import pyarrow.parquet as pq
 from curate.config import ReferenceSettings
 from curate.dedup.hamming_tables import HashArray, plan_tables
 from curate.dedup.near import FloatArray, IntArray
-from curate.dedup.near_hashes import hashes_of, similarity_of
+from curate.dedup.near_hashes import hashes_of, is_hash, similarity_of
 from curate.errors import PlanError
 from curate.store import Store
 from curate.vectors import get_arrays, matrix, put_arrays
@@ -48,10 +50,12 @@ def read_reference(settings: ReferenceSettings, place: str) -> Reference:
     data, path = _bytes(settings, place), settings.hashes or settings.embeddings or ""
     try:
         found = _hashes(data, path) if settings.hashes else _vectors(data, path)
-    except (ValueError, pa.ArrowInvalid) as error:
+    except (ValueError, EOFError, zipfile.BadZipFile, pa.ArrowException) as error:
         raise PlanError(f"{place}: {path}: {error}") from None
-    if len(found.ids) != len(found.values):
-        raise PlanError(f"{place}: {path}: {len(found.ids)} ids for {len(found.values)} images")
+    if found.ids.shape != found.values.shape[:1]:
+        raise PlanError(f"{place}: {path}: ids of shape {list(found.ids.shape)} for {len(found.values)} images")
+    if not len(found.values):
+        raise PlanError(f"{place}: {path}: no image in it; leave the set out, or write its images")
     return found
 
 
@@ -136,20 +140,16 @@ def _hashes(data: bytes, path: str) -> Reference:
         names = [field.name for field in table.schema if pa.types.is_string(field.type)]
         for name in sorted(names, key=lambda name: "hash" not in name):
             texts = table[name].to_pylist()
-            if texts and all(text is None or _is_hash(text) for text in texts):
+            if texts and all(text is None or is_hash(text) for text in texts):
                 there = [text is not None for text in texts]
                 ids = [one for one, has in zip(_ids(table, [name]) or texts, there, strict=True) if has]
                 return Reference(np.array(ids, np.str_), hashes_of(texts))
         raise ValueError("no column of 16 hexadecimal digits")
     lines = [line.split(maxsplit=1) for line in data.decode().splitlines() if line.strip()]
-    wrong = next((line[0] for line in lines if not _is_hash(line[0])), None)
+    wrong = next((line[0] for line in lines if not is_hash(line[0])), None)
     if wrong is not None:
         raise ValueError(f"{wrong[:40]!r} is not 16 hexadecimal digits")
     return Reference(np.array([line[-1].strip() for line in lines], np.str_), hashes_of([line[0] for line in lines]))
-
-
-def _is_hash(text: str) -> bool:
-    return len(text) == 16 and all(digit in "0123456789abcdefABCDEF" for digit in text)
 
 
 def _vectors(data: bytes, path: str) -> Reference:
@@ -185,4 +185,13 @@ def _ids(table: pa.Table, but: list[str]) -> list[str] | None:
 
 
 def _plain(vectors: npt.NDArray[Any]) -> npt.NDArray[Any]:
-    return np.ascontiguousarray(vectors if vectors.dtype == np.float16 else vectors.astype(np.float32))
+    """float16 as it is, all else as float32. Raises ValueError for vectors that can match nothing."""
+    with np.errstate(over="ignore"):
+        plain = np.ascontiguousarray(vectors if vectors.dtype == np.float16 else vectors.astype(np.float32))
+    lost = np.flatnonzero(~np.isfinite(plain).all(axis=1) | ~plain.any(axis=1))
+    if len(lost):
+        raise ValueError(
+            f"{len(lost)} of {len(plain)} vectors are zero, NaN or infinite (the first is number {lost[0]}): their "
+            "images would stay in the pool unseen; embed them again or leave them out"
+        )
+    return plain

@@ -20,12 +20,12 @@ HASHES = DedupSettings(by="image_phash", radius=3, keep="key")
 
 
 def _pool(root: Path) -> VectorPool:
-    """400 rows in four shards, with vectors and hashes of which many are near others."""
-    vectors = planted(400)
+    """200 rows in four shards, with vectors and hashes of which many are near others."""
+    vectors = planted(200)
     draw = np.random.default_rng(1)
-    values = draw.integers(0, 1 << 63, 400, dtype=np.uint64)
+    values = draw.integers(0, 1 << 63, 200, dtype=np.uint64)
     values[::3] = values[0] ^ (np.uint64(1) << draw.integers(0, 63, len(values[::3])).astype(np.uint64))
-    return VectorPool(root, vectors, 100, hashes=[f"{value:016x}" for value in values])
+    return VectorPool(root, vectors, 50, hashes=[f"{value:016x}" for value in values])
 
 
 def run_there(root: str) -> None:
@@ -40,14 +40,14 @@ def test_sigkill_at_any_time_leaves_the_same_groups(tmp_path: Path) -> None:
     root = tmp_path / "killed"
     command = [sys.executable, "-c", f"from tests.dedup.test_processes import run_there; run_there({str(root)!r})"]
     kills = 0
-    for files in (1, 6, 14, 24):
+    for files in (2, 20):
         process = subprocess.Popen(command, stderr=subprocess.DEVNULL, cwd=Path(__file__).parents[2])
         while process.poll() is None and sum(1 for _ in root.glob("_work/**/*.*")) < files:
             time.sleep(0.001)
         kills += process.poll() is None
         process.send_signal(signal.SIGKILL)
         process.wait()
-    assert kills >= 2
+    assert kills == 2
     again = _pool(root)
     step, _ = again.run(HASHES, VECTORS)
     assert again.rows(step) == expected
@@ -59,13 +59,13 @@ def test_ray_gives_the_same_table(tmp_path: Path, ray_driver: Any) -> None:
     here, there = _pool(tmp_path / "here"), _pool(tmp_path / "there")
     expected = here.rows(here.run(HASHES, VECTORS)[0])
     assert there.rows(there.run(HASHES, VECTORS, map_items=ray_driver.map)[0]) == expected
-    assert sum(row["is_duplicate"] for row in expected) > 100
+    assert sum(row["is_duplicate"] for row in expected) > 60
 
 
 def test_no_task_holds_all_vectors(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Guards against a step that reads the pool into one process: each sees a chunk, a partition, or a shard."""
     in_small_cells(monkeypatch)
-    pool = VectorPool(tmp_path, planted(3_000), 100)
+    pool = VectorPool(tmp_path, planted(1_500), 50)
     held: list[int] = []
 
     def counted(function: Callable[..., Any]) -> Callable[..., Any]:
@@ -79,4 +79,4 @@ def test_no_task_holds_all_vectors(tmp_path: Path, monkeypatch: pytest.MonkeyPat
     monkeypatch.setattr(VectorSearch, "deal", counted(VectorSearch.deal))
     monkeypatch.setattr(VectorSearch, "_load", counted(VectorSearch._load))
     pool.run(VECTORS)
-    assert len(held) > 10 and sum(held) > 3_000 and max(held) < 2_000
+    assert len(held) > 8 and sum(held) > 1_500 and max(held) < 1_000

@@ -100,6 +100,32 @@ def test_every_form_of_a_set_is_read(tmp_path: Path) -> None:
         read_reference(ReferenceSettings(name="a", hashes=str(tmp_path / "wrong.txt")), "here")
 
 
+def test_a_set_that_guards_nothing_is_refused(tmp_path: Path) -> None:
+    """Guards against evaluation images that stay in the pool because their file is empty, damaged or without values."""
+    row = np.ones((1, 4), np.float32)
+    saved = {
+        "empty.npy": row[:0], "lost.npy": np.concatenate([row, row * np.nan]), "zero.npy": 0 * row,
+        "huge.npy": np.full((2, 4), 1e300), "whole.npy": row.astype(np.int64),
+    }  # fmt: skip
+    for name, array in saved.items():
+        np.save(tmp_path / name, array)
+    for name, ids in (("one.npz", np.array("a")), ("deep.npz", np.array([["a"]])), ("two.npz", np.array(["a", "b"]))):
+        np.savez(tmp_path / name, ids=ids, vectors=row)
+    for name, data in (("none.npy", b""), ("cut.npz", b"PK\x03\x04"), ("cut.parquet", b"PAR1"), ("none.txt", b"\n")):
+        (tmp_path / name).write_bytes(data)
+    says = {
+        "empty.npy": "no image", "lost.npy": "1 of 2 vectors .*number 1", "zero.npy": "1 of 1", "huge.npy": "2 of 2",
+        "whole.npy": "no array of floats", "one.npz": "ids of shape", "deep.npz": "ids of shape",
+        "two.npz": "ids of shape", "none.npy": "none.npy", "cut.npz": "cut.npz", "cut.parquet": "cut.parquet",
+        "none.txt": "no image",
+    }  # fmt: skip
+    for name, words in says.items():
+        kind = "hashes" if name.endswith(".txt") else "embeddings"
+        one = ReferenceSettings.model_validate({"name": "val", kind: str(tmp_path / name)})
+        with pytest.raises(PlanError, match=words):
+            read_reference(one, "here")
+
+
 def test_evaluation_hashes_exclude_as_coyo_did(tmp_path: Path) -> None:
     """COYO drops what has the pHash of an evaluation image (radius 0); with a radius, components or hits alone."""
     hashes = [f"{value:016x}" for value in (0b0, 0b1, 0b11, 0b111, 1 << 60, 1 << 60, (1 << 40) - 1)]

@@ -5,6 +5,7 @@ from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pyarrow as pa
 import pytest
 
@@ -16,6 +17,7 @@ from curate.errors import PlanError
 from curate.metrics import progress
 from curate.schema import KEY, SAMPLE_FIELDS, Shard, TableSpec, inputs_of, keys_of
 from curate.store import Store
+from tests.dedup.pool import VectorPool
 
 SAMPLES = TableSpec("samples", 1, pa.schema(SAMPLE_FIELDS), open_schema=True)
 _FACTS = [("status", pa.string()), ("sha256", pa.string()), ("width", pa.int32()), ("height", pa.int32())]
@@ -213,3 +215,15 @@ def test_unknown_rules_and_columns_fail_in_the_plan() -> None:
             dedup_step([rule], TABLES, [])
     with pytest.raises(PlanError, match="phash"):
         dedup_step([DedupSettings(by="image_phash")], [SAMPLES, IMAGES], [])
+
+
+def test_a_pool_without_rows_and_a_hash_that_is_none(tmp_path: Path) -> None:
+    """Guards against a search planned for nothing, and an adopted column of another hash that fails without a name."""
+    rule = DedupSettings(by="image_phash", radius=3, keep="key")
+    empty = VectorPool(tmp_path / "empty", np.empty((0, 4), np.float32), 3)
+    assert not any(empty.run(rule)[1].values())
+    other = VectorPool(tmp_path / "other", np.ones((3, 4), np.float32), 3, hashes=["0" * 16, "p:12", "0" * 16])
+    with pytest.raises(PlanError, match="'p:12' is no pHash"):
+        other.run(rule)
+    exact, _ = other.run(DedupSettings(by="image_phash", keep="key"))
+    assert len(other.gone(exact)) == 1
