@@ -5,7 +5,8 @@ shards that every table has, with the names of `curate.rows`.
 """
 
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 
 import duckdb
 
@@ -15,12 +16,27 @@ from curate.schema import TableSpec
 from curate.store import Store, remedy
 
 
-def open_catalog(store: Store, tables: Sequence[TableSpec], shards: Sequence[str]) -> duckdb.DuckDBPyConnection:
+@contextmanager
+def open_catalog(
+    store: Store, tables: Sequence[TableSpec], shards: Sequence[str]
+) -> Iterator[duckdb.DuckDBPyConnection]:
     """A connection with a view per table and, if any shard has them all, the view `rows`.
 
-    A table without a committed shard has no view. Raises StoreError for a shard whose file cannot be read.
+    A table without a committed shard has no view. Raises StoreError for a shard whose file cannot be read, also when a
+    query in the block comes upon it: a view looks at its first file only.
     """
-    connection = duckdb.connect()
+    try:
+        with duckdb.connect() as connection:
+            _add_views(connection, store, tables, shards)
+            yield connection
+    except (duckdb.InvalidInputException, duckdb.IOException) as error:
+        cause = str(error).split("\n", maxsplit=1)[0]
+        raise StoreError(f"{cause}; {remedy('a table')}; of {SAMPLES}, {remedy(SAMPLES)}") from None
+
+
+def _add_views(
+    connection: duckdb.DuckDBPyConnection, store: Store, tables: Sequence[TableSpec], shards: Sequence[str]
+) -> None:
     if not store.is_local:
         connection.register_filesystem(store.fs)
     done = {spec.name: store.done(spec) for spec in tables}
@@ -36,7 +52,6 @@ def open_catalog(store: Store, tables: Sequence[TableSpec], shards: Sequence[str
             for name, column in columns_of(tables).items()
         )
         _view(connection, "rows", f"SELECT {names} FROM {joined}")  # names of our own tables
-    return connection
 
 
 def find_sample(connection: duckdb.DuckDBPyConnection, key_or_url: str) -> list[str]:
