@@ -140,6 +140,7 @@ class CellsSettings(LevelSettings):
     init: Literal["kmeans++", "random"] = "kmeans++"
     iterations: Annotated[int, Field(ge=0)] = 20
     points_per_cell: Positive = 256  # of the sample that k-means is trained on
+    batch: Positive | None = None  # mini-batch k-means: centroids move after so many points; null: Lloyd's
     seed: Seed = 0
     centroids: Place | None = None  # .npy, or _cells/*/centroids.npz of a run: no training, whatever the pool grows to
 

@@ -1,8 +1,8 @@
 """The pool's one vector structure: k-means cells, trained on a sample and assigned in streamed blocks.
 
-Retrieval searches them, cluster-based retrieval and balancing count them, deduplication looks inside them. The k-means
-itself is FAISS's (on the GPU where `device` is one); seeding and assignment are here, because the assignment must not
-depend on the size of a block, on threads or on the device: near-ties are settled in float64. A row without a usable
+Retrieval searches them, cluster-based retrieval and balancing count them. Lloyd's k-means is FAISS's (on the GPU where
+`device` is one); mini-batches, seeding and assignment are here, because the assignment must not depend on the size of a
+block, on threads or on the device: near-ties are settled in float64. A row without a usable
 vector (zero, NaN, infinite) gets cell -1. It refuses to train on fewer usable points than cells.
 """
 
@@ -93,11 +93,13 @@ def train(
     iterations: int = 20,
     seed: int = 0,
     device: str = "cpu",
+    batch: int | None = None,
 ) -> Cells:
-    """k-means (Lloyd, FAISS) of all `points` [n, d], float16 or float32; unusable rows are left out.
+    """k-means of all `points` [n, d], float16 or float32; unusable rows are left out. `iterations` passes over them.
 
-    "cosine" is spherical k-means. Memory: a float32 copy of the points. FAISS splits a large cell where one runs empty.
-    Raises PlanError when fewer usable points than cells are given.
+    Without `batch` Lloyd's by FAISS, which splits a large cell where one runs empty; with it, centroids move after so
+    many points, and one that nothing is nearest to stays where it was. "cosine" is spherical k-means. Memory: a float32
+    copy of the points. Raises PlanError when fewer usable points than cells are given.
     """
     good = usable(points)
     floats = unit(points[good]) if metric == "cosine" else np.ascontiguousarray(points[good], dtype=np.float32)
@@ -111,7 +113,9 @@ def train(
     else:
         raise PlanError(f"cells: init is {init!r}; expected 'kmeans++' or 'random'")
     centroids = floats[first]
-    if iterations > 0 and len(floats) > n_cells:
+    if batch is not None:
+        centroids = _mini_batches(floats, centroids, metric, batch, iterations, rng, device)
+    elif iterations > 0 and len(floats) > n_cells:
         kmeans = faiss.Kmeans(
             floats.shape[1],
             n_cells,
@@ -125,6 +129,27 @@ def train(
         kmeans.train(floats, init_centroids=centroids)
         centroids = np.asarray(kmeans.centroids, dtype=np.float32).reshape(n_cells, -1)
     return Cells(centroids, metric)
+
+
+def _mini_batches(
+    points: Float32, centroids: Float32, metric: Literal["cosine", "l2"], batch: int, iterations: int,
+    rng: np.random.Generator, device: str,
+) -> Float32:  # fmt: skip
+    """k-means by mini-batches (Sculley 2010, algorithm 1): after each, a centroid is the mean of all it was given."""
+    means, given = centroids.astype(np.float64), np.zeros(len(centroids), np.int64)
+    for _ in range(iterations):
+        order = rng.permutation(len(points))
+        for start in range(0, len(order), batch):
+            some = points[order[start : start + batch]]
+            members = nearest(Cells(centroids, metric), some, 1, device)[:, 0]
+            by_cell = np.argsort(members, kind="stable")
+            found, starts, counts = np.unique(members[by_cell], return_index=True, return_counts=True)
+            sums = np.add.reduceat(some[by_cell].astype(np.float64), starts, axis=0)
+            given[found] += counts
+            means[found] += (sums - counts[:, None] * means[found]) / given[found, None]
+            moved = means[found].astype(np.float32)
+            centroids[found] = unit(moved) if metric == "cosine" else moved
+    return centroids
 
 
 def plus_plus(points: Float32, n_cells: int, rng: np.random.Generator, device: str = "cpu") -> npt.NDArray[np.int64]:
@@ -271,32 +296,3 @@ def _settled(cells: Cells, vector: npt.NDArray[Any], candidates: npt.NDArray[np.
     if cells.metric == "l2":
         scores -= dots(centres, centres) / 2
     return candidates[np.lexsort((candidates, -scores))]
-
-
-@dataclass(frozen=True, eq=False)
-class Statistics:
-    """Facts of a partition: sizes int64[c], mean and largest distance to the centroid float64[c] (NaN where empty),
-    rows without a cell, and FAISS's imbalance factor c · Σ size² / (Σ size)², 1 when all cells are equal."""
-
-    sizes: npt.NDArray[np.int64]
-    mean_distance: Float64
-    radius: Float64
-    without_cell: int
-    imbalance: float
-
-
-def statistics(assigned: Iterable[tuple[Int32, Float32]], n_cells: int) -> Statistics:
-    """Statistics of what `assign` gave, in one pass."""
-    sizes, sums = np.zeros(n_cells, np.int64), np.zeros(n_cells)
-    radius, without = np.full(n_cells, -np.inf), 0
-    for members, away in assigned:
-        there = members >= 0
-        without += int((~there).sum())
-        sizes += np.bincount(members[there], minlength=n_cells)
-        sums += np.bincount(members[there], weights=away[there], minlength=n_cells)
-        np.maximum.at(radius, members[there], away[there].astype(np.float64))
-    empty = sizes == 0
-    mean = np.where(empty, np.nan, sums / np.maximum(sizes, 1))
-    total = int(sizes.sum())
-    imbalance = float(n_cells * (sizes.astype(np.float64) ** 2).sum() / total**2) if total else float("nan")
-    return Statistics(sizes, mean, np.where(empty, np.nan, radius), without, imbalance)

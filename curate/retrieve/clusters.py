@@ -2,10 +2,10 @@
 
 DINOv2 takes 10,000 images from every cell with more than 3 seed images and caps a set at 1 million (RECIPES section 2);
 which of a cell's images, and which million, the paper leaves open: here both are seeded draws. DataComp keeps the cells
-that are nearest to at least one seed image (RECIPES section 11). It refuses seeds that were assigned to other cells.
+that are nearest to at least one seed image (RECIPES section 11). It refuses to take less
+than one image of a cell.
 """
 
-from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -15,16 +15,6 @@ import numpy.typing as npt
 from curate.errors import PlanError
 from curate.retrieve.draw import Smallest
 from curate.vectors import Int64, UInt64, hashed
-
-
-def counts(cells: npt.NDArray[Any], n_cells: int) -> Int64:
-    """Rows in each cell, int64[n_cells]; rows without a cell (-1) count nowhere. Blocks and workers add up."""
-    cells = np.asarray(cells)
-    if len(cells) and int(cells.max()) >= n_cells:
-        raise PlanError(
-            f"clusters: cell {int(cells.max())} of {n_cells}; pool and seeds must share one set of centroids"
-        )
-    return np.bincount(cells[cells >= 0], minlength=n_cells).astype(np.int64)
 
 
 def seeded(seed_counts: Int64, more_than: int = 3) -> npt.NDArray[np.bool_]:
@@ -49,10 +39,6 @@ class ClusterRetrieval:
     def add(self, cells: npt.NDArray[Any], rows: Int64, keys: UInt64) -> None:
         """Take a block of the pool: its cells int[n], row numbers int64[n] and keys uint64[n]."""
         self._draw.add(cells, hashed(keys, self.seed), rows)
-
-    def merge(self, other: "ClusterRetrieval") -> None:
-        """Take what another worker drew from its part of the pool."""
-        self._draw.merge(other._draw)
 
     def result(self) -> "Retrieved":
         """What the set retrieves. Where the cap cuts, it cuts at random over all cells, not cell by cell."""
@@ -89,9 +75,3 @@ def diversity(cell_counts: Int64) -> Diversity:
         return Diversity(0, 0, 0.0)
     share = filled / filled.sum()
     return Diversity(int(cell_counts.sum()), len(filled), float(np.exp(-(share * np.log(share)).sum())))
-
-
-def shares(retrieved: Mapping[str, Int64]) -> dict[str, float]:
-    """The share of each seed set in what all sets retrieved, by name; an image of two sets counts in both."""
-    total = sum(len(rows) for rows in retrieved.values())
-    return {name: len(rows) / total if total else 0.0 for name, rows in retrieved.items()}

@@ -60,13 +60,6 @@ class Smallest:
         wanted &= priorities <= self._bounds[np.where(wanted, groups, 0)]
         self._take(groups[wanted], priorities[wanted], np.asarray(rows, dtype=np.int64)[wanted])
 
-    def merge(self, other: "Smallest") -> None:
-        """Take what another worker kept with the same limits."""
-        if not np.array_equal(self.limits, other.limits):
-            raise PlanError("draw: only draws with the same limits can be merged")
-        for part in other._parts:
-            self._take(*part)
-
     def result(self) -> tuple[Int64, Int64]:
         """(groups int64[n], rows int64[n]), sorted by group, then priority, then row."""
         groups, _, rows = self.kept()

@@ -48,12 +48,13 @@ class KMeans:
     seed: int
     resampling: int = 0
     sample_size: int = 1
+    batch: int | None = None
 
     def cells(self, points: npt.NDArray[Any], turn: int) -> Cells:
         """The clusters of these points."""
         way: Literal["cosine", "l2"] = "cosine" if self.metric == "cosine" else "l2"
         seed = self.seed + TURN_SEED * turn
-        return kernels.train(points, self.count, way, self.init, self.iterations, seed, device())
+        return kernels.train(points, self.count, way, self.init, self.iterations, seed, device(), self.batch)
 
 
 def device() -> str:

@@ -1,9 +1,9 @@
 """The cells of a pool as files in the store: trained once, assigned shard by shard, dealt out for searching.
 
-    _cells/<fingerprint>/centroids.npy      float32[c, d]
-    _cells/<fingerprint>/<count>/sizes.npz  rows in each cell, of those of a pool that take part
-    _cells/<fingerprint>/<count>/facts.json their number, imbalance, empty cells, for people
-    <work>/pool/<part>/<chunk>.npz          rows, cells and vectors of a chunk of shards, dealt by ranges of cells
+    _cells/<fingerprint>/centroids.npz       float32[c, d]
+    _cells/<fingerprint>/<count>/sizes.npz   of each cell: rows of a pool that take part, and the largest distance
+    _cells/<fingerprint>/<count>/facts.json  rows, imbalance, empty cells, for people
+    <work>/pool/<part>/<chunk>.npz           rows, cells and vectors of a chunk of shards, dealt by ranges of cells
 
 Everything is an item of work for any worker, k-means too. No process holds more vectors than the sample that k-means
 sees, a chunk of shards or a range of cells.
@@ -75,7 +75,7 @@ def prepare(founding: Pool, place: Place, settings: CellsSettings, work: str, ma
     if settings.centroids is None:
         how = KMeans(
             settings.count, settings.metric, settings.init, settings.iterations, settings.points_per_cell,
-            settings.seed, settings.resampling, settings.sample_size,
+            settings.seed, settings.resampling, settings.sample_size, settings.batch,
         )  # fmt: skip
         levels.train(founding, how, path, work, map_items)
     elif not founding.store.exists(path):
@@ -99,13 +99,14 @@ def assign_all(pool: Pool, place: Place, shards: Sequence[Shard], map_items: Map
         radius[cells] = np.maximum(radius[cells], furthest)
         without += none
         ticker.advance(1)
-    put_arrays(pool.store, f"{place.count}/sizes.npz", sizes=sizes)
+    radius[sizes == 0] = np.nan
+    put_arrays(pool.store, f"{place.count}/sizes.npz", sizes=sizes, radius=radius)
     rows = int(sizes.sum())
     imbalance = count * float((sizes.astype(np.float64) ** 2).sum()) / rows**2 if rows else 0.0
     facts: dict[str, Any] = {
         "cells": count, "rows": rows, "rows_without_cell": without, "empty_cells": int((sizes == 0).sum()),
         "largest_cell": int(sizes.max()), "median_cell": int(np.median(sizes)), "imbalance": round(imbalance, 4),
-        "largest_radius": round(float(radius.max()), RADIUS_DIGITS) if rows else None,
+        "largest_radius": round(float(np.nanmax(radius)), RADIUS_DIGITS) if rows else None,
     }  # fmt: skip
     pool.store.put_json(f"{place.count}/facts.json", facts)
     return {

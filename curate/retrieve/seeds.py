@@ -68,10 +68,8 @@ class Retrieval:
             return vectors, np.full(len(vectors), -1, np.int64)
         if one.embeddings is not None:
             vectors = vector_files.read_span(one.embeddings, one.array, chunk.start, chunk.stop)
-            if vectors.shape[1] not in (0, self.pool.width):  # 0: a chunk of nulls
-                found = f"{vectors.shape[1]} numbers a vector, {self.pool.by} has {self.pool.width}"
-                raise PlanError(f"retrieve.sets.{one.name}: {one.embeddings} has {found}; embed both by one model")
-            if not vectors.shape[1]:
+            vector_files.check_width(vectors.shape[1], self.pool.width, one.embeddings, f"retrieve.sets.{one.name}")
+            if not vectors.shape[1]:  # a chunk of nulls
                 vectors = np.full((len(vectors), self.pool.width), np.nan, np.float32)
             return vectors, np.full(len(vectors), -1, np.int64)
         seeds = replace(self.pool, where=one.where)

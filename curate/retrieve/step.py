@@ -21,7 +21,7 @@ import pyarrow as pa
 from curate.config import CellsSettings, HierarchySettings, RetrieveSettings
 from curate.errors import PlanError
 from curate.metrics import Ticker
-from curate.retrieve.vector_files import digest_of
+from curate.retrieve.vector_files import check_width, digest_of, width_of
 from curate.schema import KEY, Shard, TableSpec, fingerprint, inputs_of, pool_digest
 from curate.stage import CrossStep, Map
 from curate.store import Store
@@ -112,6 +112,7 @@ class RetrieveStep(CrossStep):
             place = f"retrieve.sets.{one.name}"
             if one.embeddings is not None:
                 plain["embeddings"] = digest_of(one.embeddings, f"{place}.embeddings")
+                check_width(width_of(one.embeddings, one.array), cells.pool.width, one.embeddings, place)
             elif one.images is not None:
                 if one.name not in embedded:
                     raise PlanError(f"{place}.images: this pipeline embeds no seed sets")

@@ -52,6 +52,21 @@ def length_of(path: str, array: str | None) -> int:
     return len(_matrix(path, array))
 
 
+def check_width(width: int, expected: int, path: str, place: str) -> None:
+    """Raise PlanError for vectors of another width than the pool's; `width` 0 is not known. `place` starts the text."""
+    if width not in (0, expected):
+        raise PlanError(f"{place}: {path} has {width} numbers a vector, the pool {expected}; embed both by one model")
+
+
+def width_of(path: str, array: str | None) -> int:
+    """Numbers in a vector; 0 where a file does not say so before its rows are read."""
+    if path.endswith(".parquet"):
+        with _parquet_file(path) as file:
+            kind = file.schema_arrow.field(_column(path, array, file)).type
+            return int(kind.list_size) if pa.types.is_fixed_size_list(kind) else 0
+    return int(_matrix(path, array).shape[1]) if _is_mapped(path) else 0
+
+
 def read_span(path: str, array: str | None, start: int, stop: int) -> npt.NDArray[Any]:
     """Vectors `start` to `stop` of a file, [stop - start, d]; a null of Parquet is a row of NaN."""
     if path.endswith(".parquet"):
@@ -62,10 +77,9 @@ def read_span(path: str, array: str | None, start: int, stop: int) -> npt.NDArra
 
 @lru_cache(maxsize=1)  # pieces of one file are read one after the other
 def _matrix(path: str, array: str | None) -> npt.NDArray[Any]:
-    fs, inner = fsspec.core.url_to_fs(path)
     try:
-        if path.endswith(".npy") and isinstance(fs, LocalFileSystem):
-            held = np.load(inner, mmap_mode="r", allow_pickle=False)
+        if _is_mapped(path):
+            held = np.load(fsspec.core.url_to_fs(path)[1], mmap_mode="r", allow_pickle=False)
         else:
             with _open(path) as handle:
                 held = np.load(handle, allow_pickle=False)
@@ -76,6 +90,11 @@ def _matrix(path: str, array: str | None) -> npt.NDArray[Any]:
     if held.ndim != 2 or not np.issubdtype(held.dtype, np.floating):
         raise PlanError(f"{path}: a matrix of floats is expected, found {held.dtype}{list(held.shape)}")
     return cast(npt.NDArray[Any], held)
+
+
+def _is_mapped(path: str) -> bool:
+    """A local .npy, whose rows are read as they are asked for."""
+    return path.endswith(".npy") and isinstance(fsspec.core.url_to_fs(path)[0], LocalFileSystem)
 
 
 def _parquet(path: str, array: str | None, start: int, stop: int) -> npt.NDArray[Any]:

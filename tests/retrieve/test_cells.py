@@ -1,11 +1,13 @@
 """Cells: assignment against brute force in float64, whatever the blocks, and k-means that finds what was planted."""
 
+from typing import Literal
+
 import numpy as np
 import pytest
 
 from curate.errors import PlanError
 from curate.retrieve import cells as kernels
-from curate.retrieve.cells import Cells, assign, nearest, plus_plus, statistics, train
+from curate.retrieve.cells import Cells, assign, nearest, plus_plus, train
 
 RNG = np.random.default_rng(0)
 CENTRES = RNG.standard_normal((50, 24))
@@ -79,6 +81,33 @@ def test_training_is_seeded_and_finds_planted_clusters() -> None:
     assert np.allclose(lengths, 1, atol=1e-5)
 
 
+@pytest.mark.parametrize("metric", ["cosine", "l2"])
+def test_mini_batches_move_centroids_to_the_mean_of_what_they_were_given(metric: Literal["cosine", "l2"]) -> None:
+    """Guards algorithm 1 of Sculley 2010, restated point by point; and unusable rows, which no batch holds."""
+    found = train(POINTS, 30, metric, "random", iterations=2, seed=4, batch=700).centroids
+    some = POINTS[np.setdiff1d(np.arange(len(POINTS)), BAD)].astype(np.float64)
+    if metric == "cosine":
+        some /= np.linalg.norm(some, axis=1, keepdims=True)
+    rng = np.random.default_rng(4)
+    centres = some[rng.choice(len(some), 30, replace=False)]
+    given = np.zeros(30)
+    for _ in range(2):
+        order = rng.permutation(len(some))
+        for start in range(0, len(order), 700):
+            batch, held = some[order[start : start + 700]], centres.copy()
+            if metric == "cosine":
+                held /= np.linalg.norm(held, axis=1, keepdims=True)
+            nearest_of = ((batch[:, None] - held[None]) ** 2).sum(axis=2).argmin(axis=1)
+            for point, cell in zip(batch, nearest_of, strict=True):
+                given[cell] += 1
+                centres[cell] += (point - centres[cell]) / given[cell]
+    if metric == "cosine":
+        centres /= np.linalg.norm(centres, axis=1, keepdims=True)
+    assert np.allclose(found, centres, atol=1e-4)
+    again = train(POINTS, 30, metric, "random", iterations=2, seed=4, batch=700).centroids
+    assert np.array_equal(found, again)
+
+
 def test_plus_plus_has_the_published_distribution() -> None:
     """Guards the rounds of rejection: the second centre is drawn in proportion to the squared distance to the first."""
     points = np.array([[0.0], [1.0], [2.0], [4.0]], dtype=np.float32)
@@ -107,18 +136,3 @@ def test_too_few_points_and_foreign_settings_are_refused() -> None:
         train(POINTS, 5, init="best")  # type: ignore[arg-type]
     with pytest.raises(PlanError, match="finite"):
         Cells(np.full((2, 2), np.nan, np.float32))
-
-
-def test_statistics_are_those_of_the_members() -> None:
-    """Guards the facts that a run prints: sizes, radius, imbalance, rows without a cell, and an empty cell."""
-    cells = Cells(
-        np.concatenate([train(POINTS, 10, iterations=2).centroids, -np.ones((1, 24), np.float32) * 100]), "l2"
-    )
-    assigned = list(assign(cells, [POINTS[:1500], POINTS[1500:]]))
-    facts = statistics(assigned, 11)
-    members = np.concatenate([part[0] for part in assigned])
-    away = np.concatenate([part[1] for part in assigned])
-    assert facts.without_cell == 3 and facts.sizes.sum() == 3997 and facts.sizes[10] == 0
-    assert np.isnan(facts.radius[10]) and facts.radius[0] == away[members == 0].max()
-    assert facts.mean_distance[0] == pytest.approx(away[members == 0].mean(dtype=np.float64))
-    assert facts.imbalance == pytest.approx(11 * (facts.sizes**2).sum() / 3997**2)

@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 
 from curate.errors import PlanError
-from curate.retrieve.clusters import ClusterRetrieval, counts, diversity, seeded, shares
+from curate.retrieve.clusters import ClusterRetrieval, diversity, seeded
 from curate.retrieve.draw import Smallest, ordered
 from curate.vectors import hashed, key_numbers
 
@@ -23,43 +23,36 @@ def test_counts_are_those_of_the_rule(per_cell: int, cap: int) -> None:
     seeds = np.random.default_rng(1).integers(0, 40, 130)
     chosen = [cell for cell in range(40) if sum(1 for seed in seeds if seed == cell) > 3]
     before = sum(min(per_cell, sum(1 for cell in cells if cell == mine)) for mine in chosen)
-    work = ClusterRetrieval(seeded(counts(seeds, 40)), per_cell, cap, seed=2)
+    work = ClusterRetrieval(seeded(np.bincount(seeds, minlength=40)), per_cell, cap, seed=2)
     work.add(cells, rows, keys)
     found = work.result()
     assert (found.cells, found.before_cap, len(found.rows)) == (len(chosen), before, min(before, cap))
     assert len(np.unique(found.rows)) == len(found.rows) and set(cells[found.rows].tolist()) <= set(chosen)
 
 
-def test_workers_and_blocks_do_not_change_the_rows() -> None:
-    """Guards determinism: four workers with blocks of 13 rows draw what one worker with one block draws."""
+def test_blocks_do_not_change_the_rows() -> None:
+    """Guards determinism: blocks of 13 rows, the last first, give what one block gives."""
     cells, rows, keys = pool()
-    chosen = seeded(counts(cells, 40), more_than=100)
+    chosen = seeded(np.bincount(cells[cells >= 0], minlength=40), more_than=100)
 
-    def run(workers: int, step: int) -> np.ndarray:
-        parts = [ClusterRetrieval(chosen, 25, 300, seed=3) for _ in range(workers)]
-        for number, start in enumerate(range(0, len(rows), step)):
+    def run(step: int) -> np.ndarray:
+        work = ClusterRetrieval(chosen, 25, 300, seed=3)
+        for start in range(0, len(rows), step)[::-1]:
             block = slice(start, start + step)
-            parts[number % workers].add(cells[block], rows[block], keys[block])
-        for part in parts[1:][::-1]:
-            parts[0].merge(part)
-        return parts[0].result().rows
+            work.add(cells[block], rows[block], keys[block])
+        return work.result().rows
 
-    assert np.array_equal(run(1, 5000), run(4, 13))
+    assert np.array_equal(run(5000), run(13))
     other = ClusterRetrieval(chosen, 25, 300, seed=4)
     other.add(cells, rows, keys)
-    assert not np.array_equal(run(1, 5000), other.result().rows)
+    assert not np.array_equal(run(5000), other.result().rows)
 
 
 def test_datacomp_keeps_cells_with_any_seed() -> None:
-    """Guards the image-based filter: a single seed image is enough there, and cell -1 is never kept."""
-    mask = seeded(counts(np.array([3, 3, 5, -1]), 8), more_than=0)
-    assert np.flatnonzero(mask).tolist() == [3, 5]
-
-
-def test_foreign_cells_are_refused() -> None:
-    """Guards against seeds that were assigned to another partition than the pool."""
-    with pytest.raises(PlanError, match="share one set of centroids"):
-        counts(np.array([0, 9]), 8)
+    """Guards the image-based filter: a single seed image is enough there, and a cell without one is never kept."""
+    assert seeded(np.array([0, 2, 0, 1]), more_than=0).tolist() == [False, True, False, True]
+    with pytest.raises(PlanError, match="at least 1"):
+        ClusterRetrieval(np.ones(3, bool), per_cell=0)
 
 
 def test_smallest_equals_a_sort(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -102,4 +95,3 @@ def test_diversity_is_that_of_the_entropy() -> None:
     uneven = diversity(np.array([3, 1]))
     assert uneven.effective == pytest.approx(math.exp(-(0.75 * math.log(0.75) + 0.25 * math.log(0.25))))
     assert diversity(np.zeros(3, np.int64)).covered == 0
-    assert shares({"a": np.arange(3), "b": np.arange(1)}) == {"a": 0.75, "b": 0.25}

@@ -52,7 +52,7 @@ def steps(tmp_path: Path) -> Steps:
 
     def make(store: Store, shards: list[Shard]) -> Iterator[CrossStep]:
         cells = cells_step(L2, store, TABLES, shards)
-        whole = cells_step(L2.model_copy(update={"resampling": 0}), store, TABLES, shards)
+        whole = cells_step(L2.model_copy(update={"resampling": 0, "batch": 40}), store, TABLES, shards)
         yield cells
         yield retrieve_step(RetrieveSettings(sets=sets, recall_seeds=9), cells)
         yield retrieve_step(RetrieveSettings(sets=sets, recall_seeds=9, codes="SQ8"), cells)

@@ -79,6 +79,12 @@ def test_cells_are_the_nearest_centroids(tmp_path: Path) -> None:
     assert {(found[at]["cell"], found[at]["distance"]) for at in rest} == {(None, None)}
     facts = store.get_json(step.facts)
     assert (facts["rows"], facts["rows_without_cell"]) == (len(numbers), len(rest))
+    held = curate.vectors.get_arrays(store, step.facts.replace("facts.json", "sizes.npz"))
+    away = 1 - cosine.max(axis=1)
+    for cell in range(10):
+        inside = cosine.argmax(axis=1) == cell
+        assert held["sizes"][cell] == inside.sum() and held["radius"][cell] == pytest.approx(away[inside].max(), 1e-4)
+    assert facts["imbalance"] == pytest.approx(10 * (held["sizes"] ** 2).sum() / len(numbers) ** 2, abs=1e-4)
     assert step.done(store, shards)
 
 

@@ -50,11 +50,10 @@ def test_broken_files_of_seeds_are_plan_errors(tmp_path: Path, name: str, data: 
         np.save(path, data)
     else:
         pq.write_table(pa.table({"v": data}), path)
-    step = retrieve_step(
-        RetrieveSettings(sets=[SeedSet(name="set", how="sample", embeddings=str(path))]), _cells(store, shards)
-    )
+    settings = RetrieveSettings(sets=[SeedSet(name="set", how="sample", embeddings=str(path))])
+    cells = _cells(store, shards)
     with pytest.raises(PlanError, match=words):
-        go(step, store, shards)
+        go(retrieve_step(settings, cells), store, shards)
 
 
 def test_odd_but_usable_seeds_and_pools(tmp_path: Path) -> None:
@@ -107,8 +106,13 @@ def test_wrong_seeds_are_refused(tmp_path: Path) -> None:
     cells = _cells(store, shards)
     np.save(tmp_path / "wide.npy", np.ones((3, WIDTH + 1), np.float32))
     wide = SeedSet(name="set", how="sample", embeddings=str(tmp_path / "wide.npy"))
+    lists = tmp_path / "wide.parquet"
+    pq.write_table(pa.table({"v": [[1.0] * (WIDTH + 1)]}), lists)
+    with pytest.raises(PlanError, match="embed both by one model"):  # in the plan
+        retrieve_step(RetrieveSettings(sets=[wide]), cells)
+    late = wide.model_copy(update={"embeddings": str(lists)})  # plain lists say their width only when they are read
     with pytest.raises(PlanError, match="embed both by one model"):
-        go(retrieve_step(RetrieveSettings(sets=[wide]), cells), store, shards)
+        go(retrieve_step(RetrieveSettings(sets=[late]), cells), store, shards)
     for one in (SeedSet(name="set", how="sample", embeddings="/no.npy"), SeedSet(name="set", how="cluster", where="x")):
         with pytest.raises(PlanError, match=r"retrieve\.sets\.set"):
             retrieve_step(RetrieveSettings(sets=[one]), cells)
