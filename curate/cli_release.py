@@ -106,7 +106,7 @@ def export(
 def latest(store: Store) -> str | None:
     """The name of the newest release."""
     try:
-        return store.get_bytes("releases/latest").decode().strip()
+        return store.get_bytes("releases/latest").decode(errors="replace").strip()
     except FileNotFoundError:
         return None
 

@@ -259,7 +259,7 @@ def emit_step(
 def latest_release(store: Store) -> str | None:
     """The name that `releases/latest` holds."""
     try:
-        return store.get_bytes(LATEST).decode().strip()
+        return store.get_bytes(LATEST).decode(errors="replace").strip()
     except FileNotFoundError:
         return None
 

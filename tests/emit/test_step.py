@@ -217,6 +217,18 @@ def test_plan_refuses_unknown_columns(tmp_path: Path) -> None:
         emitter(store, shards, recipe_with(SUBSETS, features=["score"]))
 
 
+def test_a_damaged_latest_is_written_anew(tmp_path: Path) -> None:
+    """Guards against a traceback where running again mends it."""
+    store, shards = _pool(tmp_path)
+    step = emitter(store, shards, recipe_with({"all": {}}))
+    run(step, store, shards)
+    name = latest_release(store)
+    store.put_bytes("releases/latest", b"\xff\xfe")
+    assert not step.done(store, shards)
+    run(step, store, shards)
+    assert latest_release(store) == name
+
+
 def test_what_is_named_twice_is_written_once(tmp_path: Path) -> None:
     """Guards against two members of one name in a sample, which trainers refuse."""
     store, shards = _pool(tmp_path)
