@@ -18,8 +18,7 @@ import numpy as np
 import numpy.typing as npt
 import torch
 
-from curate.dedup.components import spanning_forest
-from curate.dedup.cosine import BYTES_PER_PAIR, cross_above, edges_above, first_equal, nearest_above, pairs_above
+from curate.dedup.cosine import BYTES_PER_PAIR, cross_above, pairs_above
 from curate.dedup.cosine_block import Block, FloatArray, IntArray, VectorArray
 from curate.errors import PlanError
 
@@ -204,53 +203,6 @@ def pairs_over_cells(
         found.append((rows[pairs], cosine))
         left_gb -= len(pairs) * BYTES_PER_PAIR * 1e-9
     return _ascending(found)
-
-
-def edges_over_cells(
-    vectors: VectorArray, centres: FloatArray, threshold: float, *, probes: int = PROBES, device: str | None = None
-) -> tuple[IntArray, FloatArray]:
-    """Find at most N - 1 edges with the components of `pairs_over_cells`, however many pairs there are.
-
-    Rows of equal bytes hang on their first one before any cell is filled, so that a placeholder image that is half of
-    the corpus enters its cells once.
-
-    Args and Raises: as in `pairs_over_cells`.
-
-    Returns:
-        (int64[M, 2], float32[M]): true pairs i < j, ascending, and their cosine.
-    """
-    first = first_equal(vectors)
-    alone = np.flatnonzero(first == np.arange(len(first)))
-    copies = np.flatnonzero(first != np.arange(len(first)))
-    equal = np.ones(len(copies), np.float32)
-    usable = assign_cells(vectors[copies], centres, 1, device=device)[0][:, 0] >= 0
-    found = [(np.stack([first[copies], copies], axis=1)[usable], equal[usable])]
-    cells, _ = assign_cells(vectors[alone], centres, probes, device=device)
-    for _, rows in rows_of_cells(cells):
-        pairs, cosine = edges_above(vectors[alone[rows]], threshold, device=device)
-        found.append((alone[rows][pairs], cosine))
-    pairs, cosine = _ascending(found)
-    kept = spanning_forest(pairs, -cosine)
-    return pairs[kept], cosine[kept]
-
-
-def nearest_over_cells(
-    vectors: VectorArray, centres: FloatArray, threshold: float, neighbours: int, *,
-    probes: int = PROBES, device: str | None = None,
-) -> tuple[IntArray, FloatArray]:  # fmt: skip
-    """Find the edges of `cosine.nearest_above` among rows that share a cell (DINOv2: 64 neighbours above 0.6).
-
-    Args and Raises: as in `pairs_over_cells`; `threshold` is exclusive.
-
-    Returns:
-        (int64[M, 2], float32[M]): rows i < j, ascending, at most N · neighbours, and their cosine.
-    """
-    cells, _ = assign_cells(vectors, centres, probes, device=device)
-    found = []
-    for _, rows in rows_of_cells(cells):
-        pairs, cosine = nearest_above(vectors[rows], threshold, neighbours, device=device)
-        found.append((rows[pairs], cosine))
-    return keep_nearest(found, neighbours)
 
 
 def measure_recall(

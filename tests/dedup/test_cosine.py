@@ -9,9 +9,8 @@ from hypothesis import strategies as st
 from curate.dedup import cosine, cosine_block
 from curate.dedup.cells import (
     assign_cells,
-    edges_over_cells,
+    keep_nearest,
     measure_recall,
-    nearest_over_cells,
     pairs_over_cells,
     train_cells,
 )
@@ -126,9 +125,11 @@ def test_dinov2_form_is_the_published_one(seed: int, neighbours: int, block_rows
         expected |= {(min(row, at), max(row, at)) for at in nearest if similarity[row, at] > np.float32(0.6)}
     pairs, _ = nearest_above(vectors, 0.6, neighbours, block_rows=block_rows)
     assert list(map(tuple, pairs.tolist())) == sorted(expected)
-    one_cell = train_cells(vectors, 60)
-    over, _ = nearest_over_cells(vectors, one_cell, 0.6, neighbours)
-    np.testing.assert_array_equal(over, pairs)
+    fresh = np.random.default_rng(seed).random(60) < 0.3
+    old, (known, similar) = np.flatnonzero(~fresh), nearest_above(vectors[~fresh], 0.6, neighbours)
+    new = nearest_above(vectors, 0.6, neighbours, fresh=fresh, block_rows=block_rows)
+    assert fresh[new[0]].any(axis=1).all()
+    np.testing.assert_array_equal(keep_nearest([(old[known], similar), new], neighbours)[0], pairs)
 
 
 @settings(max_examples=25, deadline=None)
@@ -166,8 +167,6 @@ def test_cells_find_planted_pairs_and_say_how_many() -> None:
     recall = measure_recall(vectors, 0.9, pairs, rows=6_000)
     assert recall.true == len(exact) and recall.found == len(pairs) and recall.rate >= 0.98
     assert 0 < recall.lower < recall.rate
-    edges, _ = edges_over_cells(vectors, centres, 0.9, probes=4)
-    np.testing.assert_array_equal(groups(6_000, edges), groups(6_000, pairs))
 
 
 def test_a_cell_that_would_hold_too_many_is_split() -> None:
@@ -178,16 +177,6 @@ def test_a_cell_that_would_hold_too_many_is_split() -> None:
     centres = train_cells(vectors, 5_000, probes=1, rows_per_cell=250)
     held = np.bincount(assign_cells(vectors, centres, 1)[0].ravel())
     assert held.max() <= 1_000
-
-
-def test_half_of_all_rows_one_image_over_cells() -> None:
-    """A placeholder image that fills its cells with its copies."""
-    vectors = np.random.default_rng(0).standard_normal((4_000, 32)).astype(np.float16)
-    vectors[1::2] = vectors[1]
-    vectors[10] = 0
-    edges, _ = edges_over_cells(vectors, train_cells(vectors, 4_000, rows_per_cell=1_000), 0.95)
-    group = groups(4_000, edges)
-    assert (group[1::2] == 1).all() and group[10] == 10
 
 
 @pytest.mark.parametrize(
