@@ -11,6 +11,8 @@ preferred. Without one, the pool, the rules or the scores are new since, and we 
     again        0002 has our base    prefers 0001       same table: nothing to do
 
 Released rows are read from the release's member tables, which are aligned with the shards; the newer shards have none.
+A release of other `samples` (another `where` or `rows_per_shard`) has shards of the same names with other rows, and
+prefers nothing here.
 """
 
 import numpy as np
@@ -19,6 +21,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 
 from curate.errors import StoreError
+from curate.rows import SAMPLES
 from curate.store import Store
 
 RELEASES = "releases"
@@ -39,9 +42,14 @@ def preferred_release(store: Store, base: str) -> str | None:
         return None
 
 
-def member_folders(store: Store, release: str) -> tuple[str, ...]:
-    """Folders of the release's member tables. Raises StoreError when they are gone."""
+def member_folders(store: Store, release: str, samples: str) -> tuple[str, ...]:
+    """Folders of the release's member tables; none where it was made of `samples` of another fingerprint.
+
+    Raises StoreError when they are gone.
+    """
     tables = (store.get_json(f"{RELEASES}/{release}/release.json") or {}).get("tables", {})
+    if tables.get(SAMPLES, {}).get("fingerprint") != samples:
+        return ()
     folders = tuple(f"{name}/{spec['fingerprint']}" for name, spec in tables.items() if name.startswith(MEMBER))
     for folder in folders:
         if not store.names(folder):
