@@ -91,11 +91,18 @@ def digest_of(*arrays: npt.NDArray[Any]) -> str:
 
 
 def known_to(store: Store, identity: str, note: str, shards: Sequence[Shard]) -> Known | None:
-    """The earlier run that knows most of these shards; the same one whenever it is asked, by the note it leaves."""
+    """The earlier run that knows most of these shards; the same one whenever it is asked, by the note it leaves.
+
+    Where another run has forgotten that one since, what was found beside the note is removed, to be found anew.
+    """
     starts = dict(
         zip((shard.name for shard in shards), np.cumsum([0, *(s.rows for s in shards)]).tolist(), strict=False)
     )
     told = store.get_json(note)
+    if told is not None and told["run"] and not store.exists(f"{identity}/{told['run']}/pool.json"):
+        for made in ("taking", "dealt", "edges", "near.npz", "groups", "nearest"):  # with what is known no more
+            store.remove_tree(f"{note.rpartition('/')[0]}/{made}")
+        told = None
     if told is None:
         best = (0, "")
         for run in store.names(identity):
@@ -119,12 +126,11 @@ def keep_groups(store: Store, identity: str, run: str, work: str, shards: Sequen
     finish(map_items(partial(_keep, store, work, f"{identity}/{run}"), todo))
 
 
-def keep_nearest_of(
-    store: Store, identity: str, run: str, part: int, rows: IntArray, pairs: IntArray,
-    similarity: npt.NDArray[np.float32],
-) -> None:  # fmt: skip
-    """Keep what the rows of a partition found nearest."""
-    put_arrays(store, f"{identity}/{run}/nearest/{part:05d}.npz", row=rows, pairs=pairs, similarity=similarity)
+def keep_neighbours(store: Store, identity: str, run: str, work: str, map_items: Map) -> None:
+    """Keep the nearest rows that a run of DINOv2's form left below its folder `work`."""
+    there = set(store.names(f"{identity}/{run}/nearest"))
+    todo = [name for name in store.names(f"{work}/nearest") if name not in there]
+    finish(map_items(partial(_copy, store, f"{work}/nearest", f"{identity}/{run}/nearest"), todo))
 
 
 def publish(store: Store, identity: str, run: str, shards: Sequence[Shard]) -> None:
@@ -137,6 +143,10 @@ def forget_older(store: Store, identity: str, run: str) -> None:
     for other in store.names(identity):
         if other != run:
             store.remove_tree(f"{identity}/{other}")
+
+
+def _copy(store: Store, work: str, folder: str, name: str) -> None:
+    store.put_bytes(f"{folder}/{name}", store.get_bytes(f"{work}/{name}"))
 
 
 def _keep(store: Store, work: str, folder: str, shard: str) -> None:

@@ -41,7 +41,7 @@ from curate.dedup.cells import (
 from curate.dedup.components import spanning_forest
 from curate.dedup.cosine import edges_above, first_equal, nearest_above
 from curate.dedup.cosine_block import VectorArray
-from curate.dedup.known import Known, keep_nearest_of
+from curate.dedup.known import Known
 from curate.dedup.near import FRESH, Edges, IntArray, Pool, Records
 from curate.dedup.semdedup import rank_rows, similarity_to_earlier
 from curate.schema import Shard
@@ -78,7 +78,7 @@ class VectorSearch:
     shards_per_chunk: int
     blocks: int = 1
     known: Known | None = None  # dinov2: what an earlier run found nearest
-    kept: tuple[str, str] = ("", "")  # dinov2: identity and run that keep what is found nearest
+    found: str = ""  # dinov2: the folder of what is found nearest
 
     @property
     def record(self) -> np.dtype[Any]:
@@ -144,8 +144,10 @@ class VectorSearch:
                 found = [keep_nearest(found, self.neighbours)]
                 held = max(0, len(found[0][0]) - EDGES_HELD // 2)
         if self.form == "dinov2":
-            found = [keep_nearest(found, self.neighbours)]
-            keep_nearest_of(self.store, *self.kept, part, records["row"], *found[0])
+            pairs, similarity = keep_nearest(found, self.neighbours)
+            path = f"{self.found}/{part:05d}.npz"
+            put_arrays(self.store, path, row=records["row"], pairs=pairs, similarity=similarity)
+            found = [(pairs, similarity)]
         found.append(copies)
         pairs = np.concatenate([pairs for pairs, _ in found])
         similarity = np.concatenate([similarity for _, similarity in found])

@@ -22,7 +22,7 @@ from curate.across import ROW, decide_across
 from curate.config import DedupSettings
 from curate.dedup.asked import ask_references
 from curate.dedup.firsts import GONE, row_bytes, verdicts_of
-from curate.dedup.known import digest_of, forget_older, identity_of, keep_groups, known_to, publish
+from curate.dedup.known import digest_of, forget_older, identity_of, keep_groups, keep_neighbours, known_to, publish
 from curate.dedup.near import Pool, group_near, pool_of
 from curate.dedup.near_hashes import search_hashes
 from curate.dedup.participants import dtype_of, hashes_on, vectors_on
@@ -116,14 +116,16 @@ class DedupStep(CrossStep):
         recalls: dict[str, Any] = {}
         for number, rule in enumerate(rules):
             ticker.advance(0, f"{rule.kind}, rule {number + 1} of {len(rules)}")
-            recall = _decide(store, rule, rules[:number], shards, self._spec.fingerprint, map_items, counts)
+            recall = _decide(store, rule, rules[:number], shards, map_items, counts)
             if recall is not None:
                 recalls[f"{number}:{rule.kind}"] = {**vars(recall), "rate": recall.rate, "at_least": recall.lower}
                 counts[f"{rule.kind}: near pairs of {recall.rows} sampled rows"] += recall.true
                 counts[f"{rule.kind}: of these found"] += recall.found
         refreshed = [(rule, _identity(store, rule)) for rule in rules if rule.refreshed]
         for rule, identity in refreshed:
-            if rule.form == "threshold":  # the form dinov2 keeps what it finds at once
+            if rule.form == "dinov2":
+                keep_neighbours(store, identity, self._spec.fingerprint, rule.work, map_items)
+            else:
                 keep_groups(store, identity, self._spec.fingerprint, rule.work, shards, map_items)
             publish(store, identity, self._spec.fingerprint, shards)
         told = recall_path(self._spec)
@@ -162,16 +164,15 @@ def _tables(rules: Sequence[Rule], columns: Mapping[str, Column]) -> list[TableS
 
 
 def _decide(
-    store: Store, rule: Rule, before: Sequence[Rule], shards: Sequence[Shard], run: str, map_items: Map,
-    counts: Counter[str],
-) -> "Recall | None":  # fmt: skip
+    store: Store, rule: Rule, before: Sequence[Rule], shards: Sequence[Shard], map_items: Map, counts: Counter[str]
+) -> "Recall | None":
     """Leave a rule's verdicts in its folder; the recall of its search where it is not exact by construction."""
     recall = None
     values = vectors_on if rule.search == "vectors" else hashes_on
     of_rule = partial(values, store, rule)
     pool = pool_of(store, rule.work, partial(of_rule, before), partial(of_rule, ()), shards)
     if rule.grouped:
-        recall, compared = _group(pool, rule, shards, run, map_items)
+        recall, compared = _group(pool, rule, shards, map_items)
         counts[f"{rule.kind}: pairs compared"] += compared
     candidates: Callable[..., pa.Table] = copies_on
     decide: Callable[[pa.Table], pa.Table] = partial(first_of_each, rule.settings.keep)
@@ -190,9 +191,7 @@ def _decide(
     return recall
 
 
-def _group(
-    pool: Pool, rule: Rule, shards: Sequence[Shard], run: str, map_items: Map
-) -> "tuple[Recall | None, int]":  # fmt: skip
+def _group(pool: Pool, rule: Rule, shards: Sequence[Shard], map_items: Map) -> "tuple[Recall | None, int]":
     """Find the groups, with what an earlier run knows; the recall of the search, and how many pairs it compared."""
     note = pool.place("known.json")
     if rule.search == "hashes":
@@ -212,7 +211,7 @@ def _group(
         identity = _identity(pool.store, rule)
         known = known_to(pool.store, identity, note, shards)
         if rule.form == "dinov2":
-            search = replace(search, known=known, kept=(identity, run))
+            search = replace(search, known=known, found=pool.place("nearest"))
         else:
             pool = replace(pool, known=known)
     compared = group_near(pool, search, map_items)

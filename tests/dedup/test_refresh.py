@@ -151,6 +151,26 @@ def test_rows_that_an_earlier_rule_removes_later_leave_their_group(tmp_path: Pat
     assert [row["duplicate_kind"] for row in found][:2] == [None, "image_phash"]  # the first is alone now
 
 
+@pytest.mark.parametrize("rule", [VECTORS, NEAREST], ids=["vectors", "nearest"])
+def test_a_killed_refresh_outlives_what_it_knew(tmp_path: Path, rule: DedupSettings) -> None:
+    """Guards against a run that goes on with a shard set back in, after a run without it has forgotten the first."""
+    vectors = planted(120)
+    VectorPool(tmp_path / "grown", vectors[:60], 30).run(rule)
+    killed, scratch = VectorPool(tmp_path / "grown", vectors, 30), VectorPool(tmp_path / "scratch", vectors, 30)
+
+    def mortal(function, items):  # type: ignore[no-untyped-def]
+        for item in items:
+            if "_merge" in function.func.__name__ or "_spread" in function.func.__name__:
+                raise KeyboardInterrupt
+            yield function(item)
+
+    with pytest.raises(KeyboardInterrupt):
+        killed.run(rule, map_items=mortal)
+    less = VectorPool(tmp_path / "grown", vectors[:90], 30)
+    less.run(rule)
+    assert killed.rows(killed.run(rule)[0]) == scratch.rows(scratch.run(rule)[0])
+
+
 def test_a_killed_refresh_goes_on(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Guards against a run that, killed and begun again, starts from another earlier run or from half of one."""
     monkeypatch.setattr(near_vectors, "CHUNK_BYTES", 20_000)
