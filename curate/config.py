@@ -261,6 +261,7 @@ class EmitSettings(Settings):
     min_tars: Positive = 1  # trainers need at least one per loader worker and GPU
     seed: int = 0
     columns: list[str] | None = None  # in <key>.json; None: all that are known of the sample
+    captions: bool = True  # <key>.txt, where there is a caption; the manifest has it either way
     features: list[str] = []  # embedding columns to add as <key>.<column>.npy, float16
     # jpg: <key>.jpg whatever the format, as img2dataset, since `datasets` wants equal members. own: jpg, png, webp
     image_names: Literal["jpg", "own"] = "jpg"

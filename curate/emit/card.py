@@ -26,7 +26,7 @@ behind it and the sha256 of every tar; `curate verify` reads all of it again.
 |---|---|---|---|---|---|---|
 {composition}
 
-A sample is `<key>.jpg`, `<key>.txt` (missing where there is no caption) and `<key>.json`; the image's bytes are as they
+A sample is `<key>.jpg`, {texts} and `<key>.json`; the image's bytes are as they
 were stored, so some may be PNG or WebP under the name jpg (readers go by content). `manifest.parquet` has one row per
 sample with URL, caption, all scores and the place of its image. Samples are shuffled with seed {seed}.
 
@@ -60,6 +60,7 @@ def card(release: Mapping[str, Any], features: Sequence[Mapping[str, Any]] | Non
     aside = release["set_aside"]
     taken = f"- Samples were taken back from {release.get('predecessor')}; this release is what is left of it.\n"
     limits = f"- {len(aside)} shards of the pool were set aside after three failed tries; release.json names them.\n"
+    captions = release["emit"]["captions"]
     return _CARD.format(
         front=_front(release, features),
         title=f"Release {release['fingerprint'][:8]}",
@@ -68,10 +69,11 @@ def card(release: Mapping[str, Any], features: Sequence[Mapping[str, Any]] | Non
         version=release["versions"].get("curate", ""),
         rows=release["pool"]["rows"],
         composition="\n".join(_row(name, facts) for name, facts in subsets.items()),
+        texts="`<key>.txt` (missing where there is no caption)" if captions else "no `<key>.txt`",
         seed=release["emit"]["seed"],
         funnel="\n".join(_funnel(name, facts, release["pool"]["rows"]) for name, facts in subsets.items()),
         scores="\n".join(_scores(name, facts) for name, facts in subsets.items() if facts["samples"]),
-        load="\n".join(_load(name, facts) for name, facts in subsets.items() if facts["tars"]),
+        load="\n".join(_load(name, facts, captions) for name, facts in subsets.items() if facts["tars"]),
         tables="\n".join(
             f"| {name} | {facts['fingerprint']} | `{_cell(json.dumps(facts['settings'], sort_keys=True))}` |"
             for name, facts in release["tables"].items()
@@ -153,9 +155,9 @@ def _weights(weights: Sequence[Mapping[str, Any]]) -> str:
     return "\n".join(["## Models", "| table | model | licence | sha256 |", "|---|---|---|---|", *rows, "", ""])
 
 
-def _load(name: str, facts: Mapping[str, Any]) -> str:
+def _load(name: str, facts: Mapping[str, Any], captions: bool) -> str:
     span = tar_span(facts["tars"])
-    pairs = facts["samples"] - facts["without_text"]
+    pairs = facts["samples"] - facts["without_text"] if captions else 0
     lines = [
         f"### {name}", "```python",
         f'webdataset.WebDataset("{name}/{span}", shardshuffle=False).decode("pil")',

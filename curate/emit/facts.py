@@ -15,6 +15,7 @@ from typing import Any
 
 import pyarrow as pa
 
+from curate.config import EmitSettings
 from curate.errors import PlanError
 from curate.rows import MEMBER, SAMPLES, Column, columns_of
 from curate.schema import KEY, LOCATION_FIELDS, TableSpec
@@ -145,18 +146,22 @@ def _is_plain(kind: pa.DataType) -> bool:
     return bool(pa.types.is_string(kind) or pa.types.is_integer(kind) or pa.types.is_boolean(kind))
 
 
-def card_features(facts: Facts, image_names: str) -> list[dict[str, Any]] | None:
+def card_features(facts: Facts, settings: EmitSettings) -> list[dict[str, Any]] | None:
     """The members of a sample in the words of a Hugging Face card; None where they cannot be said.
 
     Without them `datasets` guesses types from five samples, and stops at a column that was null in all of them.
     """
     if facts.features:
         return None
-    images = [{"name": ext, "dtype": "image"} for ext in (("jpg",) if image_names == "jpg" else ("jpg", "png", "webp"))]
+    images = [
+        {"name": ext, "dtype": "image"}
+        for ext in (("jpg",) if settings.image_names == "jpg" else ("jpg", "png", "webp"))
+    ]
     columns = [_card_field(name, facts.columns[name].type) for name in facts.json]
     record = [{"name": "json", "struct": columns}] if columns else []
     strings = [{"name": name, "dtype": "string"} for name in ("__key__", "__url__")]
-    return [*images, {"name": "txt", "dtype": "string"}, *record, *strings]
+    texts = [{"name": "txt", "dtype": "string"}] if settings.captions else []
+    return [*images, *texts, *record, *strings]
 
 
 def _card_field(name: str, kind: pa.DataType) -> dict[str, Any]:

@@ -195,13 +195,15 @@ def _shown(settings: EmitSettings, batch: pa.Table, images: list[bytes]) -> list
 def _add_members(build: Build, tar: TarWriter, batch: pa.Table, images: Sequence[bytes]) -> Iterator[int]:
     """Append the members of a batch, those of a sample side by side; yields the offset of each image."""
     keys, exts, texts = (batch.column(name).to_pylist() for name in (KEY.name, "ext", "text"))
-    names = build.facts.json
+    names, captions = build.facts.json, build.settings.captions
     records = json_records(batch, names) if names else [b""] * len(keys)
     features = [(name, batch.column(name).to_pylist()) for name in build.facts.features]
     for row, (key, image) in enumerate(zip(keys, images, strict=True)):
         ext = "jpg" if build.settings.image_names == "jpg" else exts[row] or "jpg"
         yield tar.add(f"{key}.{ext}", image)
-        if texts[row] is not None:  # a trainer on pairs skips samples without .txt; an empty one it would train on
+        if (
+            captions and texts[row] is not None
+        ):  # a trainer on pairs skips samples without .txt; an empty one it would train on
             tar.add(f"{key}.txt", texts[row].encode("utf-8", "replace"))
         if names:
             tar.add(f"{key}.json", records[row])

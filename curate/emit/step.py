@@ -189,7 +189,7 @@ class EmitStep(CrossStep):
         release["manifest"] = {"sha256": digest, "rows": rows}
         for name, noted in scores.items():
             release["subsets"][name]["scores"] = noted
-        readme = card(release, card_features(self._facts, self._settings.image_names)).encode()
+        readme = card(release, card_features(self._facts, self._settings)).encode()
         store.put_bytes(f"{target}/README.md", readme)
         release["card"] = {"sha256": hashlib.sha256(readme).hexdigest()}
         release[SEAL] = seal_of(release)

@@ -44,6 +44,17 @@ def _expected(store: Store, shards: Sequence[Shard], where: Callable[[dict[str, 
     return sorted(row["key"] for row in _rows(store, shards) if row["status"] == "ok" and where(row))
 
 
+def test_captions_may_be_left_out(tmp_path: Path) -> None:
+    """Guards against text that a trainer on pictures must read past, and against a card that promises it."""
+    store, shards = _pool(tmp_path)
+    run(emitter(store, shards, recipe_with(SUBSETS, captions=False, columns=[])), store, shards)
+    folder = tmp_path / "releases" / str(latest_release(store))
+    with tarfile.open(folder / "good" / "00000.tar") as archive:
+        assert {name.partition(".")[2] for name in archive.getnames()} == {"jpg"}
+    card = (folder / "README.md").read_text()
+    assert "no `<key>.txt`" in card and "open_clip_train" not in card
+
+
 def test_every_subset_equals_its_sql_and_every_member_its_source(tmp_path: Path) -> None:
     """Guards against a sample missing, doubled, in the wrong subset, or with another sample's picture or caption."""
     store, shards = _pool(tmp_path)
