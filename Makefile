@@ -35,7 +35,7 @@ check: $(READY)
 	$(BIN)/mypy --strict curate pipelines
 
 test: check
-	$(BIN)/pytest
+	$(BIN)/pytest --numprocesses 2 --dist loadfile  # many tests wait for deadlines and kills: two at a time
 
 clean:
 	rm -rf out build dist *.egg-info .mypy_cache .ruff_cache .pytest_cache
