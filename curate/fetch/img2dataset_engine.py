@@ -110,6 +110,7 @@ class Img2datasetDownloader:
             )  # fmt: skip
             with self._opener.installed():
                 download.download_shard((0, str(source)))
+            self._opener.sizes.clear()  # rows with the same bytes share an entry: none is done before all are
 
 
 def _writer(spool: Spool, settings: FetchSettings, sizes: dict[str, int]) -> type:
@@ -140,7 +141,7 @@ def _outcome(image: bytes | None, meta: dict[str, Any], settings: FetchSettings,
             image = stripped(image, read_header(image, settings.max_pixels)) or image
     digest = meta["sha256"]
     sizes_now = (meta["width"], meta["height"], meta["original_width"], meta["original_height"])
-    return Outcome("ok", None, image, settings.encode_format, *sizes_now, sizes.pop(digest, None), digest)
+    return Outcome("ok", None, image, settings.encode_format, *sizes_now, sizes.get(digest), digest)
 
 
 def _status(message: str) -> tuple[Status, str]:

@@ -141,6 +141,14 @@ def test_both_engines_agree(server: HostileServer, decoy: HostileServer, jpeg: b
     assert decoy.connections == 0
 
 
+def test_rows_of_the_same_bytes_all_have_their_size(server: HostileServer, jpeg: bytes, tmp_path: Path) -> None:
+    """Of two addresses of one picture, downloaded side by side, one lost its original size."""
+    urls = [server.static(f"/same{number}.jpg", answer(jpeg)) for number in range(12)]
+    store, shard = store_with(tmp_path, urls)
+    found = run(store, shard, engine="img2dataset")
+    assert found["original_bytes"].to_pylist() == [len(jpeg)] * 12
+
+
 def test_their_engine_sees_hashes(server: HostileServer, jpeg: bytes, tmp_path: Path) -> None:
     """verify_hash is dropped by one of the engines."""
     url = server.static("/a.jpg", answer(jpeg))
