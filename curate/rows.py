@@ -128,11 +128,16 @@ def names_in(expression: str, schema: pa.Schema) -> list[str]:
 
     Checked by binding it against an empty table, so that types are checked as well.
     """
+    if not expression.strip():
+        raise PlanError("an expression is empty; leave it out where it is to say nothing")
     empty = readable(schema.empty_table())
     query = f"SELECT 1 FROM rows ORDER BY {expression}"
     with connect() as connection:
         connection.register("rows", empty)
+        connection.execute("SET order_by_non_integer_literal=true")  # TRUE is an expression, though no ordering
         try:
+            if len(connection.extract_statements(query)) != 1:
+                raise PlanError(f"{expression}: more than one statement; write one expression")
             plan = connection.execute(f"EXPLAIN {query}")
             plan.fetchall()
         except duckdb.Error as error:

@@ -36,6 +36,7 @@ def test_expressions_keep_row_order_and_nulls() -> None:
     assert evaluate(TABLE, {"m": "width > 1"}).column("m").to_pylist() == [True, False, None]
     assert order(TABLE, "width DESC, key") == [0, 1, 2]
     assert names_in("width * 2 DESC, key", TABLE.schema) == ["key", "width"]
+    assert names_in("TRUE", TABLE.schema) == []
 
 
 @pytest.mark.parametrize(
@@ -49,6 +50,8 @@ def test_expressions_keep_row_order_and_nulls() -> None:
         "getenv('HOME') = 'x'",
         "width > 2; DROP TABLE rows",
         "width >",
+        "width; SELECT 2",
+        " ",
     ],
 )
 def test_bad_and_hostile_expressions_are_refused(expression: str) -> None:

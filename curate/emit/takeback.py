@@ -276,8 +276,11 @@ def _clear(store: Store) -> None:
 
 def _republish(store: Store, keys: frozenset[str], report: TakenBack, on_progress: Callable[[str], None]) -> None:
     """A successor for the latest release if it holds one of these samples; every release that does is withdrawn."""
+    published = releases(store)
     old = latest_release(store)
-    affected = [name for name in releases(store) if holds(store, name, keys)]
+    if old not in published:  # lost, or written by hand
+        old = published[-1] if published else None
+    affected = [name for name in published if holds(store, name, keys)]
     if old is not None and old in affected:
         on_progress(f"writing the successor of {old}")
         # There is one already when a kill came between publishing it and moving `latest`.

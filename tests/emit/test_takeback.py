@@ -130,6 +130,16 @@ def test_a_run_after_it_finds_its_release_and_a_new_one_is_without_them(tmp_path
     assert victim.key not in manifest.column("key").to_pylist()
 
 
+def test_a_lost_pointer_to_the_latest_release_still_gives_a_successor(tmp_path: Path) -> None:
+    """Guards against a removal that withdraws the only release and leaves nothing to train on."""
+    store, shards = _released(str(tmp_path))
+    (victim,) = _victims(store, shards, 1)
+    store.put_bytes("releases/latest", b"nonsense\n")
+    report = take_back(store, Lists(keys=[victim.key]))
+    assert report.latest == latest_release(store) and report.latest not in report.withdrawn
+    assert verify_release(str(tmp_path), str(report.latest)).samples
+
+
 def test_selection_refuses_what_tombstones_name_even_where_tables_still_hold_it(tmp_path: Path) -> None:
     """Guards against a refresh that brings a removed URL, hash or domain back before anyone sweeps again."""
     store, shards = _released(str(tmp_path / "a"))
