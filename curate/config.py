@@ -55,6 +55,7 @@ class FetchSettings(Settings):
     """How images are downloaded; resize names and meanings are img2dataset's."""
 
     engine: Literal["curate", "img2dataset"] = "curate"
+    where: str | None = None  # SQL over the source's and text scorers' columns: only these rows are asked for
     image_size: Positive = 512  # pixels
     resize_mode: Literal["no", "border", "keep_ratio", "keep_ratio_largest", "center_crop"] = "keep_ratio_largest"
     resize_only_if_bigger: bool = True
@@ -139,7 +140,8 @@ class CellsSettings(LevelSettings):
     metric: Literal["cosine", "l2", "ip"] = "cosine"  # ip: trained as l2, assigned by inner product, as DataComp does
     init: Literal["kmeans++", "random"] = "kmeans++"
     iterations: Annotated[int, Field(ge=0)] = 20
-    points_per_cell: Positive = 256  # of the sample that k-means is trained on
+    points_per_cell: Positive = 256  # of the sample that k-means is trained on, where memory_gb holds as many
+    memory_gb: Annotated[float, Field(gt=0)] = 32.0  # of the one task that trains
     batch: Positive | None = None  # mini-batch k-means: centroids move after so many points; null: Lloyd's
     seed: Seed = 0
     centroids: Place | None = None  # .npy, or _cells/*/centroids.npz of a run: no training, whatever the pool grows to
@@ -196,7 +198,8 @@ class HierarchySettings(Settings):
     how: Literal["random", "closest"] = "random"
     multiplier: Positive = 1  # times that an image may be taken
     iterations: Annotated[int, Field(ge=0)] = 50
-    points_per_cell: Positive = 256
+    points_per_cell: Positive = 256  # where memory_gb holds as many
+    memory_gb: Annotated[float, Field(gt=0)] = 32.0  # of the one task that trains a level
     seed: Seed = 0
 
     @field_validator("targets")

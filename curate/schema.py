@@ -40,6 +40,7 @@ FAILURES = (
     "bad_url",
     "empty",
     "removed",
+    "not_asked",
 )
 STATUSES = (OK, *FAILURES)
 

@@ -4,6 +4,8 @@ Named in a recipe's own file at the place where its paper has them; what lies be
 of its own, and no number stands here.
 """
 
+from collections.abc import Callable, Sequence
+
 from curate.dedup.step import dedup_step
 from curate.emit.step import emit_step
 from curate.engine.job import Job
@@ -16,31 +18,46 @@ from curate.retrieve.step import CellsStep, retrieve_step
 from curate.schema import TableSpec
 from curate.score.pool_counts import pool_count_steps
 from curate.score.seed_images import seed_images_step
-from curate.score.stage import score_stages
+from curate.score.stage import image_stages, text_stages
 from curate.score.weight_facts import weights_behind
 from curate.select.step import select_stage, threshold_step
+from curate.stage import Stage
+
+BeforeFetch = Callable[[list[TableSpec]], Sequence[Stage]]
 
 
-def scored_pool(job: Job) -> list[TableSpec]:
-    """Ingest, fetch and score; the tables of the pool so far."""
+def scored_pool(job: Job, before_fetch: BeforeFetch | None = None) -> list[TableSpec]:
+    """Ingest, fetch and score; the tables of the pool so far. `before_fetch` gives stages that read texts alone, from
+    the tables that are there without images: `fetch.where` may read what they write."""
     recipe, store = job.recipe, job.store
 
     # Which samples exist: a row per (url, text), of all sources and earlier runs, once.
     samples = job.ingest(ingest_step(recipe.ingest, store))
 
+    # What texts say by themselves comes first, so that a recipe may fetch by it.
+    texts = text_stages(recipe.score, samples)
+    if before_fetch is not None:
+        texts += before_fetch([samples, *tables_of(texts)])
+
     # Their images, by URL or where an existing pool keeps them, and all scores from one decode. Features that a pool
     # brought along (DataComp's .npz) become embeddings without a model.
-    images = adopt_stage(samples) if recipe.ingest.adopt else fetch_stage(recipe.fetch, samples)
+    adopted = bool(recipe.ingest.adopt)
+    images = adopt_stage(samples) if adopted else fetch_stage(recipe.fetch, samples, tables_of(texts))
     features = [adopt_features_stage(recipe.ingest, store, samples)] if recipe.ingest.features else []
-    scores = score_stages(recipe.score, samples, images.tables[0])
-    job.stream(images, *features, *scores)
-    tables = [samples, *(spec for stage in (images, *features, *scores) for spec in stage.tables)]
+    scores = image_stages(recipe.score, samples, images.tables[0])
+    job.stream(*texts, images, *features, *scores)
+    tables = [samples, *tables_of([images, *features, *scores, *texts])]
 
     # How often a text, a URL or a word stands in the whole pool, where the recipe asks.
     for counts in pool_count_steps(recipe.score, samples, job.shards):
         job.across(counts)
         tables += counts.tables
     return tables
+
+
+def tables_of(stages: Sequence[Stage]) -> list[TableSpec]:
+    """What they write, in their order."""
+    return [spec for stage in stages for spec in stage.tables]
 
 
 def find_copies(job: Job, tables: list[TableSpec]) -> list[TableSpec]:

@@ -1,11 +1,9 @@
-"""MetaCLIP over a pool: captions matched with the entries shard by shard, counted as one, drawn shard by shard.
+"""MetaCLIP over a pool: the entries of its captions counted as one, then drawn shard by shard.
 
-    <work>/entries.json              the entries, for workers on other machines
-    <work>/matches/<shard>.npz       captions that take part, and their (caption, entry) pairs
     <work>/counts/<chunk>.npz        captions that contain each entry, in a chunk of shards
     <work>/probabilities.npz         p of each entry
 
-The entries file is text (an entry a line) or a JSON list. Every worker process builds the matcher once.
+The entries file is text (an entry a line) or a JSON list. What each caption contains stands in `matches`, from `stage`.
 """
 
 import hashlib
@@ -13,23 +11,16 @@ import json
 from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from functools import lru_cache, partial
+from functools import partial
 from typing import Any
 
 import fsspec
 import numpy as np
+import numpy.typing as npt
 import pyarrow as pa
 import pyarrow.compute as pc
 
-from curate.balance.metaclip import (
-    Matcher,
-    caption_probabilities,
-    entry_counts,
-    keep_probabilities,
-    kept,
-    p_to_t,
-    t_to_p,
-)
+from curate.balance.metaclip import caption_probabilities, entry_counts, keep_probabilities, kept, p_to_t, t_to_p
 from curate.config import BalanceSettings
 from curate.errors import PlanError
 from curate.metrics import Ticker
@@ -42,19 +33,24 @@ from curate.vectors import Int64, chunks_of, get_arrays, key_numbers, put_arrays
 SHARDS_PER_COUNT = 20  # 500,000 counts are 4 MB: fewer files of them than shards, and work for many cores
 
 
+MATCHED = pa.field("matched_entries", pa.list_(pa.int32()))  # indices into the entries; null without a caption
+
+Mask = npt.NDArray[np.bool_]
+
+
 @dataclass(frozen=True)
 class Captions:
-    """What is matched: the captions of a pool, who takes part, and where the passes keep their files."""
+    """What is balanced: the matched captions of a pool, who takes part, and where the passes keep their files."""
 
     store: Store
     columns: Mapping[str, Column]
-    used: tuple[str, ...]  # the text first
+    used: tuple[str, ...]
     settings: BalanceSettings
     spec: TableSpec
     work: str
 
-    def read(self, shard: str) -> tuple[Int64, list[str | None], list[str]]:
-        """(rows that take part, their captions, their keys)."""
+    def read(self, shard: str) -> tuple[list[str], Mask, Int64]:
+        """(keys, who takes part, (caption, entry) pairs of those, the caption by its place among them)."""
         table = read_rows(self.store, self.columns, self.used, shard)
         mask = np.ones(table.num_rows, bool)
         if "status" in table.column_names:
@@ -62,9 +58,9 @@ class Captions:
         if self.settings.where:
             held = evaluate(table, {"held": f"CAST(({self.settings.where}) AS BOOLEAN)"})["held"]
             mask &= np.asarray(held.fill_null(False))
-        some = table.filter(pa.array(mask))
-        rows = np.flatnonzero(mask).astype(np.int64)
-        return rows, some[self.settings.column].to_pylist(), some[KEY.name].to_pylist()
+        found = table.filter(pa.array(mask))[MATCHED.name].combine_chunks()
+        pairs = np.stack([pc.list_parent_indices(found), pc.list_flatten(found)], axis=1).astype(np.int64)
+        return table[KEY.name].to_pylist(), mask, pairs
 
 
 def digest_of(path: str) -> str:
@@ -99,20 +95,13 @@ def _bytes(path: str) -> bytes:
     return data
 
 
-@lru_cache(maxsize=1)
-def _matcher(root: str, path: str, version: Any) -> Matcher:
-    return Matcher(Store(root).get_json(path), version)
-
-
 def balance(captions: Captions, shards: Sequence[Shard], map_items: Map, ticker: Ticker) -> dict[str, Any]:
     """Write the table; the facts of the whole pool."""
     store, settings, work = captions.store, captions.settings, captions.work
-    entries = read_entries(settings.entries)
-    if not store.exists(f"{work}/entries.json"):
-        store.put_json(f"{work}/entries.json", entries)
+    count = len(read_entries(settings.entries))
     names = [shard.name for shard in shards]
-    counts = np.zeros(len(entries), np.int64)
-    for path in map_items(partial(_match, captions, names), chunks_of(len(names), SHARDS_PER_COUNT)):
+    counts = np.zeros(count, np.int64)
+    for path in map_items(partial(_count, captions, names, count), chunks_of(len(names), SHARDS_PER_COUNT)):
         counts += get_arrays(store, path)["counts"]
     t = settings.t
     if t is None:
@@ -125,26 +114,19 @@ def balance(captions: Captions, shards: Sequence[Shard], map_items: Map, ticker:
         ticker.advance(1)
     total = int(counts.sum())
     return {
-        "t": t, "p": t_to_p(counts, t) if total else None, "entries": len(entries), "matches": total,
+        "t": t, "p": t_to_p(counts, t) if total else None, "entries": count, "matches": total,
         "entries_matched": int((counts > 0).sum()), "entries_above_t": int((counts > t).sum()),
         **{f"captions_{name}": totals[name] for name in ("seen", "matched", "kept")},
         "captions_expected": round(totals["expected_millionths"] / 1e6, 3),
     }  # fmt: skip
 
 
-def _match(captions: Captions, names: Sequence[str], chunk: range) -> str:
-    """Match a chunk of shards; where the counts of its entries are."""
+def _count(captions: Captions, names: Sequence[str], entries: int, chunk: range) -> str:
+    """Count the entries in a chunk of shards; where the counts are."""
     store, path = captions.store, f"{captions.work}/counts/{chunk.start:08d}.npz"
-    if store.exists(path):
-        return path
-    matcher = _matcher(store.root, f"{captions.work}/entries.json", captions.settings.version)
-    counts = np.zeros(matcher.count, np.int64)
-    for number in chunk:
-        rows, texts, _ = captions.read(names[number])
-        pairs = matcher.matches(texts)
-        counts += entry_counts(pairs, matcher.count)
-        put_arrays(store, f"{captions.work}/matches/{names[number]}.npz", rows=rows, pairs=pairs.astype(np.int32))
-    put_arrays(store, path, counts=counts)
+    if not store.exists(path):
+        counts = sum((entry_counts(captions.read(names[number])[2], entries) for number in chunk), np.zeros(entries))
+        put_arrays(store, path, counts=counts.astype(np.int64))
     return path
 
 
@@ -152,24 +134,20 @@ def _draw(captions: Captions, shard: Shard) -> Mapping[str, int]:
     """Write a shard unless it is there; its captions seen, matched and kept."""
     store, spec = captions.store, captions.spec
     if not store.has(spec, shard.name):
-        held = get_arrays(store, f"{captions.work}/matches/{shard.name}.npz")
+        keys, mask, pairs = captions.read(shard.name)
         probabilities = get_arrays(store, f"{captions.work}/probabilities.npz")["probabilities"]
-        rows, pairs = held["rows"], held["pairs"].astype(np.int64)
-        aligned = captions.columns[captions.settings.column].table
-        keys = store.read(aligned, shard.name, [KEY.name]).column(KEY.name)
-        numbers = key_numbers(keys.to_pylist())[rows]
+        count = int(mask.sum())
         values = (
-            np.bincount(pairs[:, 0], minlength=len(rows)),
-            caption_probabilities(pairs, probabilities, len(rows)),
-            kept(pairs, probabilities, numbers, captions.settings.seed),
+            np.bincount(pairs[:, 0], minlength=count),
+            caption_probabilities(pairs, probabilities, count),
+            kept(pairs, probabilities, key_numbers(keys)[mask], captions.settings.seed),
         )
-        outside = np.ones(shard.rows, bool)
-        outside[rows] = False
-        columns = [keys]
+        columns = [pa.array(keys)]
         for field, value in zip(list(spec.schema)[1:], values, strict=True):
             whole = np.zeros(shard.rows, value.dtype)
-            whole[rows] = value
-            columns.append(pa.array(whole.astype(field.type.to_pandas_dtype()), field.type, mask=outside))
+            whole[mask] = value
+            columns.append(pa.array(whole.astype(field.type.to_pandas_dtype()), field.type, mask=~mask))
+        aligned = captions.columns[MATCHED.name].table
         store.write(spec, shard, pa.table(columns, schema=spec.schema), aligned_with=aligned)
     table = store.read(spec, shard.name, spec.columns)
     there = table.filter(pc.is_valid(table["matches"]))

@@ -3,7 +3,7 @@
     balance     matches, keep_probability, is_balanced      null for rows that the recipe leaves out
     experts     expert, expert_cell                         null for rows without a usable text vector
 
-Matches are found shard by shard and counted over the pool; a second pass draws. The passes are in `entries` and, with
+What captions contain (`stage`) is counted over the pool; a second pass draws. The passes are in `entries` and, with
 torch, which a plan does not load, in `experts`.
 """
 
@@ -13,6 +13,7 @@ from typing import Any, cast
 import pyarrow as pa
 
 from curate.balance import entries
+from curate.balance.entries import MATCHED
 from curate.config import BalanceSettings, ExpertsSettings
 from curate.errors import PlanError
 from curate.metrics import Ticker
@@ -42,19 +43,19 @@ class BalanceStep(CrossStep):
         self, settings: BalanceSettings, store: Store, tables: Sequence[TableSpec], shards: Sequence[Shard]
     ) -> None:
         columns = columns_of(tables)
-        if settings.column not in columns or not pa.types.is_string(columns[settings.column].type):
-            raise PlanError(f"balance.column: {settings.column} is no column of text")
-        used = [settings.column, *(["status"] if "status" in columns else [])]
+        if MATCHED.name not in columns:
+            raise PlanError(
+                "balance: nothing is matched before; stream `match_stage` first, as pipelines/metaclip.py does"
+            )
+        used = [MATCHED.name, *(["status"] if "status" in columns else [])]
         try:
             used += names_in(settings.where, schema_of(columns)) if settings.where else []
         except PlanError as error:
             raise PlanError(f"balance.where: {error}") from None
-        if "" in entries.read_entries(settings.entries) and settings.version == 2:
-            raise PlanError(f"balance.entries: {settings.entries} has an empty entry, which version 2 cannot place")
         self.settings = settings
         read = {columns[name].table.name: columns[name].table for name in used}
-        identity = settings.model_dump(mode="json")
-        identity |= {"entries": entries.digest_of(settings.entries), "pool": pool_digest(shards)}
+        identity = settings.model_dump(mode="json", exclude={"entries", "column", "version"})  # `matches` has these
+        identity |= {"pool": pool_digest(shards)}
         self._spec = TableSpec("balance", 2, pa.schema([KEY, *BALANCE]), identity, inputs_of(read.values()))
         self.tables = (self._spec,)
         work = f"_work/balance/{self._spec.fingerprint}"
@@ -73,7 +74,7 @@ class BalanceStep(CrossStep):
         return store.exists(self._facts) and {shard.name for shard in shards} <= store.done(self._spec)
 
     def run(self, store: Store, shards: Sequence[Shard], map_items: Map, ticker: Ticker) -> Mapping[str, int]:
-        """Match, count, draw; counts are captions."""
+        """Count and draw; counts are captions."""
         facts = entries.balance(self._captions, shards, map_items, ticker)
         store.put_json(self._facts, facts)
         store.remove_tree(self._captions.work)
@@ -83,7 +84,7 @@ class BalanceStep(CrossStep):
 def balance_step(
     settings: BalanceSettings, store: Store, tables: Sequence[TableSpec], shards: Sequence[Shard]
 ) -> BalanceStep:
-    """The step for these settings. Raises PlanError for an unknown column, bad SQL, or entries that cannot be read."""
+    """The step for these settings. Raises PlanError for an unknown column, bad SQL, or a pool without `matches`."""
     return BalanceStep(settings, store, tables, shards)
 
 

@@ -10,7 +10,7 @@ from typing import Literal
 Status = Literal[
     "ok", "http_4xx", "http_5xx", "timeout", "dns", "connect", "tls", "too_slow", "too_large", "too_many_pixels",
     "not_image", "decode_error", "decode_crash", "too_small", "bad_ratio", "opted_out", "robots", "blocked_address",
-    "blocked_list", "hash_mismatch", "bad_url", "empty", "removed",
+    "blocked_list", "hash_mismatch", "bad_url", "empty", "removed", "not_asked",
 ]  # fmt: skip
 
 ERROR_CHARS = 200  # servers put whole pages into reason phrases

@@ -18,6 +18,7 @@ from rich.markup import escape
 from rich.table import Table
 
 from curate.config import DedupSettings, Recipe
+from curate.vectors import points_within
 
 RATES = Path(__file__).with_name("rates.yaml")
 MS_PER_HOUR = 3_600_000
@@ -54,6 +55,8 @@ def estimate(recipe: Recipe, rows: float, rates: Rates) -> list[Line]:
         size = _nearest(stored["pictures"], recipe.fetch.image_size)
         held = rows * (stored["images"] + stored["pictures"][size])
         what = f"{recipe.fetch.image_size} px (rates of {size}), every URL answers"
+        if recipe.fetch.where is not None:
+            what += "; fetch.where asks for fewer"
         lines.append(Line("fetch", what, hours * _nearest_ms(cpu["fetch"], size), None, held))
     lines += _scores(recipe, rows, rates)
     lines += [_dedup(entry, recipe, rows, rates) for entry in recipe.dedup]
@@ -127,9 +130,15 @@ def _dedup(entry: DedupSettings, recipe: Recipe, rows: float, rates: Rates) -> L
 def _clusters(recipe: Recipe, rows: float, rates: Rates) -> Iterator[Line]:
     if recipe.cells is not None:
         cells = recipe.cells
-        sampled = 0 if cells.centroids else cells.iterations * min(rows, cells.points_per_cell * cells.count)
-        what = f"{cells.count:,} cells, {'given' if cells.centroids else 'trained'}"
-        yield _product("cells", what, rows + sampled, cells.count, cells.by, recipe, rates)
+        width, sampled, how = _width(cells.by.rpartition("_")[0], recipe, rates), 0.0, "given"
+        if not cells.centroids:
+            seen = cells.points_per_cell
+            if not math.isnan(width):
+                seen = points_within(cells.count, seen, int(width), cells.memory_gb, "cells")
+            sampled = min(rows, seen * cells.count)
+            how = f"trained on {sampled:,.0f} rows in at most {cells.memory_gb:g} GB"
+        what = f"{cells.count:,} cells, {how}"
+        yield _product("cells", what, rows + cells.iterations * sampled, cells.count, cells.by, recipe, rates)
     if recipe.hierarchy is not None and recipe.cells is not None:
         splits = recipe.hierarchy.splits
         if splits > 1:

@@ -36,17 +36,25 @@ def score_stages(section: Mapping[str, Mapping[str, Any]], samples: TableSpec, i
     `images` may be None when only texts are scored. Raises ConfigError for a wrong section, PlanError when an image
     scorer has no images, WeightsError when a file that names a table is missing.
     """
-    scorers = build({name: entry for name, entry in section.items() if not is_pool_count(entry)})
-    texts = [scorer for scorer in scorers if isinstance(scorer, TextScorer)]
-    others = [scorer for scorer in scorers if not isinstance(scorer, TextScorer)]
-    stages: list[Stage] = []
+    return [*image_stages(section, samples, images), *text_stages(section, samples)]
+
+
+def text_stages(section: Mapping[str, Mapping[str, Any]], samples: TableSpec) -> list[Stage]:
+    """`score_text`, if the section has text scorers: it needs no images, and may go before the fetch."""
+    texts = [scorer for scorer in _built(section) if isinstance(scorer, TextScorer)]
+    return [ScoreTextStage(texts, samples)] if texts else []
+
+
+def image_stages(section: Mapping[str, Mapping[str, Any]], samples: TableSpec, images: TableSpec | None) -> list[Stage]:
+    """`score`, if the section has scorers of images. Raises PlanError when it has, and there are no images."""
+    others = [scorer for scorer in _built(section) if not isinstance(scorer, TextScorer)]
     if others and images is None:
         raise PlanError(f"score.{others[0].name}: scores images, and this pipeline has none; add `fetch:` or `adopt:`")
-    if others and images is not None:
-        stages.append(ScoreStage(others, samples, images))
-    if texts:
-        stages.append(ScoreTextStage(texts, samples))
-    return stages
+    return [ScoreStage(others, samples, images)] if others and images is not None else []
+
+
+def _built(section: Mapping[str, Mapping[str, Any]]) -> list[Scorer]:
+    return build({name: entry for name, entry in section.items() if not is_pool_count(entry)})
 
 
 def specs_of(scorer: Scorer, inputs: Sequence[TableSpec]) -> list[TableSpec]:

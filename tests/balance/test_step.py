@@ -14,10 +14,12 @@ import pytest
 import curate.vectors
 from curate.balance import entries as entries_file
 from curate.balance.metaclip import kept
-from curate.balance.step import balance_step, experts_step
+from curate.balance.stage import match_stage
+from curate.balance.step import BalanceStep, balance_step, experts_step
 from curate.config import BalanceSettings, ExpertsSettings
 from curate.errors import PlanError
 from curate.schema import KEY, SAMPLE_FIELDS, Shard, TableSpec, inputs_of, keys_of
+from curate.stage import run_shard
 from curate.store import Store
 from curate.vectors import get_arrays, key_numbers
 from tests.retrieve.pool import TABLES as VECTOR_TABLES
@@ -59,6 +61,15 @@ def _pool(store: Store) -> tuple[list[Shard], list[dict[str, Any]]]:
     return shards, facts
 
 
+def balance_of(settings: BalanceSettings, store: Store, tables: list[TableSpec], shards: list[Shard]) -> BalanceStep:
+    """The step, over a pool whose captions the stage before it has matched."""
+    stage = match_stage(settings, tables)
+    stage.setup()
+    for shard in shards:
+        run_shard(store, stage, shard)
+    return balance_step(settings, store, [*tables, *stage.tables], shards)
+
+
 def _expected(facts: list[dict[str, Any]], t: float, seed: int) -> dict[str, tuple[int, float, bool]]:
     """key: (matches, probability, drawn) by the published loop, of English captions with an image."""
     some = [fact for fact in facts if fact["status"] == "ok" and fact["language"] == "en"]
@@ -90,9 +101,14 @@ def test_balance_equals_the_published_loop(tmp_path: Path, mapper: Any) -> None:
     file = tmp_path / "entries.txt"
     file.write_text("\n".join(WORDS) + "\n")
     settings = BalanceSettings(entries=str(file), t=12, where="language = 'en'", seed=9)
-    step = balance_step(settings, store, TABLES, shards)
+    step = balance_of(settings, store, TABLES, shards)
     counts = go(step, store, shards, mapper)
     expected = _expected(facts, 12, 9)
+    texts = {fact["key"]: fact["text"] for fact in facts}
+    for row in rows_of(store, match_stage(settings, TABLES).tables[0], shards):  # of all rows, in order
+        text = texts[row["key"]]
+        held = [at for at, word in enumerate(WORDS) if f" {word} " in f" {text} ".replace(",", " , ")]
+        assert row["matched_entries"] == (None if text is None else held)
     found = rows_of(store, step.tables[0], shards)
     for row in found:
         if row["key"] not in expected:
@@ -120,11 +136,11 @@ def test_tail_share_gives_t(tmp_path: Path) -> None:
     shards, _ = _pool(store)
     file = tmp_path / "entries.json"
     file.write_text(json.dumps(WORDS))
-    by_share = balance_step(BalanceSettings(entries=str(file), p=0.3), store, TABLES, shards)
+    by_share = balance_of(BalanceSettings(entries=str(file), p=0.3), store, TABLES, shards)
     go(by_share, store, shards)
     facts = by_share.facts(store)
     assert facts is not None
-    by_count = balance_step(BalanceSettings(entries=str(file), t=facts["t"]), store, TABLES, shards)
+    by_count = balance_of(BalanceSettings(entries=str(file), t=facts["t"]), store, TABLES, shards)
     go(by_count, store, shards)
     assert rows_of(store, by_share.tables[0], shards) == rows_of(store, by_count.tables[0], shards)
     assert by_share.tables[0].fingerprint != by_count.tables[0].fingerprint
@@ -143,14 +159,14 @@ def test_killed_anywhere_goes_on_to_the_same_rows(tmp_path: Path) -> None:
         shards, others = _pool(captions)[0], build(vectors)[0]
         for survives in range(40) if name == "killed" else ():
             for step, store, some in (
-                (balance_step(balance, captions, TABLES, shards), captions, shards),
+                (balance_of(balance, captions, TABLES, shards), captions, shards),
                 (experts_step(experts, vectors, VECTOR_TABLES, others), vectors, others),
             ):
                 try:
                     go(step, store, some, dying_map(survives))
                 except Killed:
                     continue
-        go(balance_step(balance, captions, TABLES, shards), captions, shards)
+        go(balance_of(balance, captions, TABLES, shards), captions, shards)
         go(experts_step(experts, vectors, VECTOR_TABLES, others), vectors, others)
         trees.append(_files(root))
     assert trees[0] == trees[1]
@@ -205,7 +221,7 @@ def test_small_pools_and_extreme_limits(
     store.write(IMAGES, shard, pa.table([keys, ["ok"] * len(texts)], schema=IMAGES.schema), SAMPLES)
     (tmp_path / "entries.txt").write_text("dog\nsky\ndog dog\n")
     settings = BalanceSettings(entries=str(tmp_path / "entries.txt"), **limits)
-    step = balance_step(settings, store, TABLES, [shard])
+    step = balance_of(settings, store, TABLES, [shard])
     go(step, store, [shard])
     facts = step.facts(store)
     assert facts is not None
@@ -223,7 +239,7 @@ def test_wrong_settings_are_refused_in_the_plan(tmp_path: Path) -> None:
         ({"where": "nope = 1"}, "balance.where"),
     ):  # fmt: skip
         with pytest.raises(PlanError, match=words):
-            balance_step(BalanceSettings(entries=str(good), t=2).model_copy(update=update), store, TABLES, [])
+            balance_of(BalanceSettings(entries=str(good), t=2).model_copy(update=update), store, TABLES, [])
     for number, (text, words) in enumerate((
         ('{"a": 1}', "no list of texts"), ("[]", "no list of texts"), ("[1]", "no list of texts"),
         ('["\\ud800"]', "not UTF-8"), ("[" * 100_000, "not UTF-8"), ('["dog", ""]', "version 2 cannot place"),
@@ -231,6 +247,8 @@ def test_wrong_settings_are_refused_in_the_plan(tmp_path: Path) -> None:
         path = tmp_path / f"{number}.json"
         path.write_text(text)
         with pytest.raises(PlanError, match=words):
-            balance_step(BalanceSettings(entries=str(path), t=2, version=2), store, TABLES, [])
+            balance_of(BalanceSettings(entries=str(path), t=2, version=2), store, TABLES, [])
+    with pytest.raises(PlanError, match="nothing is matched"):
+        balance_step(BalanceSettings(entries=str(good), t=2), store, TABLES, [])
     with pytest.raises(PlanError, match="coarse <= fine"):
         experts_step(ExpertsSettings(by="toy", fine=2, coarse=3), store, VECTOR_TABLES, [])

@@ -149,6 +149,22 @@ def test_rows_of_the_same_bytes_all_have_their_size(server: HostileServer, jpeg:
     assert found["original_bytes"].to_pylist() == [len(jpeg)] * 12
 
 
+def test_only_rows_that_where_leaves_are_asked_for(server: HostileServer, jpeg: bytes, tmp_path: Path) -> None:
+    """Traffic for images that nobody wants, an answer at another row, or a row that vanishes."""
+    urls = [server.static(f"/{number}.jpg", answer(encoded(scene(40 + number, 30, number)))) for number in range(12)]
+    store, shard = store_with(tmp_path, [*urls, None], [None, *["a", "b"] * 6])
+    for engine in ("curate", "img2dataset"):
+        server.asked.clear()
+        found = run(store, shard, engine=engine, where="sha256 = 'b' AND length(text) = 9")  # one digit
+        assert {path for path in server.asked if path != "/robots.txt"} == {f"/{number}.jpg" for number in (2, 4, 6, 8)}
+        assert found["status"].to_pylist() == ["ok" if number in (2, 4, 6, 8) else "not_asked" for number in range(13)]
+        assert [width for width in found["width"].to_pylist() if width] == [42, 44, 46, 48]
+        assert found["error"].to_pylist()[0] == "fetch.where is not true of it"  # null = 'b'
+    for where, words in (("width > 3", "texts and no images"), ("sha256 =", "fetch.where")):
+        with pytest.raises(PlanError, match=words):
+            fetch_stage(FetchSettings.model_validate({**SETTINGS, "where": where}), SAMPLES)
+
+
 def test_their_engine_sees_hashes(server: HostileServer, jpeg: bytes, tmp_path: Path) -> None:
     """verify_hash is dropped by one of the engines."""
     url = server.static("/a.jpg", answer(jpeg))
@@ -269,7 +285,8 @@ def test_patience_does_not_change_the_fingerprint() -> None:
         return fetch_stage(FetchSettings.model_validate({**SETTINGS, **settings}), SAMPLES).tables[0].fingerprint
 
     assert name() == name(timeout_s=9.0, retries=5, concurrency=9, per_host=2, decoders=7, contact="a@b.c")
-    assert (
-        len({name(), name(image_size=49), name(robots=False), name(strip_metadata=False), name(engine="img2dataset")})
-        == 5
-    )
+    others = [
+        name(image_size=49), name(robots=False), name(strip_metadata=False), name(engine="img2dataset"),
+        name(where="length(text) > 3"),
+    ]  # fmt: skip
+    assert len({name(), *others}) == 6

@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 
 import curate.vectors
-from curate.balance.step import balance_step, experts_step
+from curate.balance.step import experts_step
 from curate.config import (
     BalanceSettings,
     CellsSettings,
@@ -28,6 +28,7 @@ from curate.retrieve.step import cells_step, hierarchy_step, retrieve_step
 from curate.schema import Shard
 from curate.stage import CrossStep
 from curate.store import Store
+from tests.balance.test_step import balance_of
 from tests.retrieve.pool import TABLES, WIDTH, build, go
 from tests.retrieve.test_step import _tree
 
@@ -58,7 +59,7 @@ def steps(tmp_path: Path) -> Steps:
         yield retrieve_step(RetrieveSettings(sets=sets, recall_seeds=9, codes="SQ8"), cells)
         yield whole
         yield hierarchy_step(TREE, whole)
-        yield balance_step(BalanceSettings(entries=str(tmp_path / "entries.txt"), t=3), store, TABLES, shards)
+        yield balance_of(BalanceSettings(entries=str(tmp_path / "entries.txt"), t=3), store, TABLES, shards)
         yield experts_step(EXPERTS, store, TABLES, shards)
 
     return make
