@@ -225,19 +225,28 @@ def _open_spans(forest: "_Forest", block: Block, known: int, size: int) -> Itera
 
 
 def _proposals(block: Block, tiles: Iterator[Tile]) -> Iterator[tuple[IntArray, IntArray]]:
-    """Yield rows of the block, i < j, whose product does not rule them out."""
+    """Yield pairs of rows of the block, each once, whose product does not rule them out."""
+    buffer = block.heads.new_empty(0)
     for (start, stop), (other, end) in tiles:
-        product = block.heads[start:stop] @ block.heads[other:end].T
+        size = (stop - start, end - other)
+        if buffer.numel() < size[0] * size[1]:
+            buffer = torch.empty(size[0] * size[1], dtype=block.heads.dtype, device=block.device)
+        product = buffer[: size[0] * size[1]].view(size)  # fresh memory for each tile took as long as the product
+        torch.mm(block.heads[start:stop], block.heads[other:end].T, out=product)
         if other == start:
-            product.tril_(-1).add_(torch.full_like(product, -4.0).triu_())  # keep the half below the diagonal
-        if float(product.max()) < block.floor:
+            product.fill_diagonal_(-4)
+        having = (product.amax(dim=1) >= block.floor).nonzero().flatten()
+        if not len(having):
             continue
-        near = product >= block.floor
-        if block.is_cut and int(near.sum()) > near.numel() * FULL_PRODUCT_SHARE:
-            full = block.unit(block.rows[start:stop]) @ block.unit(block.rows[other:end]).T
-            near &= full >= block.floor
+        near = product[having] >= block.floor
+        if block.is_cut and int(torch.count_nonzero(near)) > product.numel() * FULL_PRODUCT_SHARE:
+            mine = block.rows[start:stop][having.cpu().numpy()]
+            near &= block.unit(mine) @ block.unit(block.rows[other:end]).T >= block.full_floor
         hits = near.nonzero()
-        left, right = hits[:, 0].cpu().numpy() + start, hits[:, 1].cpu().numpy() + other
+        left, right = having[hits[:, 0]].cpu().numpy() + start, hits[:, 1].cpu().numpy() + other
+        if other == start:  # each pair once
+            once = left < right
+            left, right = left[once], right[once]
         yield left, right
 
 
@@ -310,11 +319,10 @@ class _Forest:
         if len(new) <= 4 * LEADERS:
             return
         leaders = new[:: len(new) // LEADERS]
-        unit = block.unit(block.rows[leaders])
-        sure = float(block.threshold) + block.rounding
+        chosen = block.heads[torch.from_numpy(leaders).to(block.device)].T
         for start, stop in _spans_of(len(block), 1 << 14):
-            near = block.unit(block.rows[start:stop]) @ unit.T >= sure
-            has, which = near.any(dim=1).cpu().numpy(), leaders[near.byte().argmax(dim=1).cpu().numpy()]
+            nearest, at = (block.heads[start:stop] @ chosen).max(dim=1)
+            has, which = (nearest >= block.floor).cpu().numpy(), leaders[at.cpu().numpy()]
             mine = np.arange(start, stop)
             has &= which != mine
             self.add(*_joined(list(block.recheck(mine[has], which[has]))))

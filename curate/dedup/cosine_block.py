@@ -1,13 +1,16 @@
 """Rows of one block on a device: float32 products propose pairs, float64 decides them.
 
 To propose cheaply, rows are rotated onto their principal axes and cut after k of d axes: by Cauchy-Schwarz
-x·y <= head(x)·head(y) + |tail(x)|·|tail(y)|, one product of k + 1 columns. k is what costs least on a sample; no pair
-can be lost by it.
+x·y <= head(x)·head(y) + |tail(x)|·|tail(y)|, one product of k + 1 columns. k is what costs least on a sample. Where the
+device multiplies bfloat16 faster, heads are rounded to it, and what the roundest of them lost is taken off the floor.
+No pair can be lost by either, so the result is the same with and without.
 
 It refuses vectors that are not float16 or float32 [N, d]; zero, NaN and infinite rows are left out of the block.
 """
 
 from collections.abc import Iterator
+from functools import cache
+from typing import Any
 
 import numpy as np
 import numpy.typing as npt
@@ -21,11 +24,12 @@ VectorArray = npt.NDArray[np.float16] | npt.NDArray[np.float32]
 
 RECHECK_VALUES = 1 << 22  # values gathered at a time for a float64 dot product: 64 MB
 CACHED_ROWS = 1_024  # rows converted at a time
-SAMPLE_ROWS = 1_024
-MIN_ROWS_FOR_HEADS = 4_096  # below, finding the axes costs more than it saves
-# Time of deciding one proposed pair, in multiply-adds of the product: an estimate. Recomputing a pair by itself takes
-# about 310,000 at d = 512 (7.9 us, one core), but where a tile has many, one full product rules most of them out.
-RECHECK_COST = 40_000
+SAMPLE_ROWS = 512
+MIN_ROWS_FOR_HEADS = 2_048  # below, finding the axes costs more than it saves
+# Time of deciding one proposed pair, in multiply-adds of the product. Recomputing a pair by itself takes about 310,000
+# at d = 512 (7.9 us, one core); where a tile has many, one full product rules most of them out. 8,000 Gaussian vectors
+# took 0.17 CPU-seconds with 40,000 and 0.13 with 150,000.
+RECHECK_COST = 150_000
 
 
 class Block:
@@ -33,9 +37,10 @@ class Block:
 
     Attributes:
         rows: int64[n], the row of `vectors` that each row of the block stands for.
-        heads: float32[n, k + 1] on the device; products of two of them bound the cosine from above.
-        floor: a product below it cannot belong to a pair that reaches the threshold.
-        is_cut: whether `heads` are shorter than the vectors.
+        heads: float32 or bfloat16 [n, k + 1] on the device; products of two of them bound the cosine from above.
+        floor: a product of heads below it cannot belong to a pair that reaches the threshold.
+        full_floor: the same for float32 products of whole rows.
+        is_cut: whether `heads` are less than the vectors, so that a full product rules out more.
     """
 
     def __init__(
@@ -52,9 +57,9 @@ class Block:
             usable &= only == np.arange(len(vectors))
         self.rows: IntArray = np.flatnonzero(usable)
         self.rounding = rounding_of(vectors.shape[1])
-        self.floor = float(self.threshold) - self.rounding
-        self.heads = self._heads() if cut else self.unit(self.rows)
-        self.is_cut = self.heads.shape[1] != vectors.shape[1]
+        self.floor = self.full_floor = float(self.threshold) - self.rounding
+        self.is_cut = cut and len(self.rows) >= MIN_ROWS_FOR_HEADS and vectors.shape[1] >= 64
+        self.heads = self._heads() if self.is_cut else self.unit(self.rows)
 
     def __len__(self) -> int:
         return len(self.rows)
@@ -108,11 +113,16 @@ class Block:
         Those that match only; `first` is not between start and stop.
         """
         bound = self.heads[start:stop] @ self.heads[first:].T
-        near = bound >= self.floor
         if start >= first:  # no row is its own neighbour
-            near[torch.arange(stop - start), torch.arange(start - first, stop - first)] = False
-        crowded = near.sum(dim=1) > 4 * neighbours
-        hits = (near & ~crowded[:, None]).nonzero().cpu().numpy()
+            bound[torch.arange(stop - start), torch.arange(start - first, stop - first)] = -4
+        if not bound.numel():
+            return np.empty(0, np.int64), np.empty(0, np.int64), np.empty(0, np.float32)
+        having = (bound.amax(dim=1) >= self.floor).nonzero().flatten()
+        near = bound[having] >= self.floor
+        many = torch.count_nonzero(near, dim=1) > 4 * neighbours
+        crowded, having = having[many], having[~many]
+        at = near[~many].nonzero()
+        hits = torch.stack([having[at[:, 0]], at[:, 1]], dim=1).cpu().numpy()
         i, j = self.rows[start + hits[:, 0]], self.rows[first + hits[:, 1]]
         cosine = self.cosine(i, j)
         true = cosine > self.threshold
@@ -123,7 +133,7 @@ class Block:
         place = np.arange(len(i)) - np.repeat(new, np.diff(np.r_[new, len(i)]))
         keep = place < neighbours
         results = [(i[keep], j[keep], cosine[keep])]
-        results += [self._crowded(start + row, first, neighbours) for row in crowded.nonzero().flatten().tolist()]
+        results += [self._crowded(start + row, first, neighbours) for row in crowded.tolist()]
         return (
             np.concatenate([r[0] for r in results]),
             np.concatenate([r[1] for r in results]),
@@ -148,24 +158,48 @@ class Block:
         return torch.where(torch.isfinite(square) & (square > 0), square.rsqrt(), 0.0)
 
     def _heads(self) -> torch.Tensor:
-        """Cut the rows after as many principal axes as make the search cheapest, and append the length of the rest."""
+        """Cut the rows, append the length of the rest, and round; the floor sinks by what rounding can take."""
+        dtype = torch.bfloat16 if multiplies_bfloat16(self.device) else torch.float32
+        axes = self._axes(slack=2.0**-7 if dtype == torch.bfloat16 else 0.0)
+        columns = self.given.shape[1] if axes is None else axes.shape[1] + 1
+        heads = torch.empty((len(self), columns), dtype=dtype, device=self.device)
+        lost = 0.0
+        for start in range(0, len(self), CACHED_ROWS):
+            part = slice(start, start + CACHED_ROWS)
+            exact = self.unit(self.rows[part])
+            exact = exact if axes is None else self._cut(exact, axes)
+            heads[part] = exact
+            if dtype == torch.bfloat16:
+                lost = max(lost, float((exact - heads[part].float()).norm(dim=1).max()))
+        if dtype == torch.bfloat16:  # summed in float32; rounding the sum keeps its order, so the floor is rounded too
+            most = 2 * lost + 4 * lost * lost + self.rounding
+            most += 2.0**-7 if self.device.type == "cuda" else 0.0  # cuBLAS may add parts in bfloat16
+            self.floor = float(torch.tensor(self.floor - most).bfloat16())
+        return heads
+
+    def _axes(self, slack: float) -> torch.Tensor | None:
+        """As many principal axes as make the search cheapest on a sample; None where whole rows do."""
         width = self.given.shape[1]
-        unit = self.unit(self.rows)
-        if len(self) < MIN_ROWS_FOR_HEADS or width < 64:
-            return unit
-        step = max(4, len(self) // SAMPLE_ROWS)
-        sample = unit[::step]  # other rows than the axes are fitted to, which look shorter in the tail than they are
-        fitted = torch.cat([unit[1::step], unit[2::step], unit[3::step]])
-        axes = _principal_axes(fitted.T @ fitted, width // 2)
-        best, cost = width, float(width)
-        for count in (width // 16 - 1, width // 8 - 1, width // 4 - 1, width // 2 - 1):  # one column is the tail
-            cut = self._cut(sample, axes[:, :count])
-            rate = float((cut @ cut.T >= self.floor).float().mean()) - 1 / len(sample)  # the diagonal is no pair
-            if count + max(0.0, rate) * RECHECK_COST < cost:
-                best, cost = count, count + max(0.0, rate) * RECHECK_COST
-        if best == width:
-            return unit
-        return torch.cat([self._cut(part, axes[:, :best]) for part in torch.split(unit, CACHED_ROWS)])
+        step = max(3, len(self) // SAMPLE_ROWS)
+        sample = self.unit(self.rows[::step])  # others than the axes are fitted to, which look shorter in the tail
+        fitted = self.unit(np.concatenate([self.rows[1::step], self.rows[2::step]]))
+        inevitable = int(torch.count_nonzero(sample @ sample.T >= self.full_floor))
+        best, cost = 0, float(width)
+        for most in (width // 4, width // 2):  # what suffices is known before more axes are found
+            axes = _principal_axes(fitted, most - 1)
+            head = sample @ axes
+            product, done = torch.zeros((len(sample), len(sample)), device=self.device), 0
+            for count in range(width // 16, most + 1, width // 32):  # columns, the last is the tail
+                product.addmm_(head[:, done : count - 1], head[:, done : count - 1].T)
+                done = count - 1
+                tail = (1 - head[:, :done].square().sum(dim=1)).clamp(min=0).sqrt()
+                proposed = int(torch.count_nonzero(product + torch.outer(tail, tail) >= self.floor - slack))
+                needless = max(0, proposed - inevitable) / len(sample) ** 2
+                if count + needless * RECHECK_COST < cost:
+                    best, cost = done, count + needless * RECHECK_COST
+            if cost <= most:
+                break
+        return axes[:, :best] if best else None
 
     def _cut(self, unit: torch.Tensor, axes: torch.Tensor) -> torch.Tensor:
         head = unit @ axes
@@ -173,16 +207,26 @@ class Block:
         return torch.cat([head, (tail.clamp(min=0) + 4 * self.rounding).sqrt()], dim=1)
 
 
-def _principal_axes(scatter: torch.Tensor, count: int) -> torch.Tensor:
+def _principal_axes(rows: torch.Tensor, count: int) -> torch.Tensor:
     """Find about the `count` strongest axes by one subspace iteration: 15 times cheaper than all eigenvectors at 512.
 
     Any orthonormal axes keep the bound true; better ones only make it tighter.
     """
-    start = np.random.default_rng(0).standard_normal((len(scatter), count)).astype(np.float32)
-    basis = torch.linalg.qr(scatter @ (scatter @ torch.from_numpy(start).to(scatter.device)))[0]
-    turn: torch.Tensor = torch.linalg.eigh(basis.T @ scatter @ basis)[1].flip(1)
+    start = np.random.default_rng(0).standard_normal((rows.shape[1], count)).astype(np.float32)
+    basis = torch.linalg.qr(rows.T @ (rows @ torch.from_numpy(start).to(rows.device)))[0]
+    seen = rows @ basis
+    turn: torch.Tensor = torch.linalg.eigh(seen.T @ seen)[1].flip(1)
     axes: torch.Tensor = basis @ turn
     return axes
+
+
+@cache
+def multiplies_bfloat16(device: torch.device) -> bool:
+    """Whether the device multiplies bfloat16 faster than float32: about twice on a CPU with avx512_bf16."""
+    if device.type == "cuda":
+        return torch.cuda.get_device_capability(device) >= (8, 0)
+    told: dict[str, Any] = getattr(torch.cpu, "get_capabilities", dict)() if device.type == "cpu" else {}
+    return bool(told.get("avx512_bf16") or told.get("amx_bf16"))
 
 
 def rounding_of(width: int) -> float:

@@ -66,13 +66,17 @@ def test_pairs_are_those_of_brute_force(
 
 @pytest.mark.parametrize("width", [64, 200])
 @pytest.mark.parametrize("threshold", [0.5, 0.9])
-def test_rows_cut_short_lose_no_pair(monkeypatch: pytest.MonkeyPatch, width: int, threshold: float) -> None:
-    """The bound from head and tail set too low by rounding."""
+@pytest.mark.parametrize("rounded", [False, True])
+def test_rows_cut_short_lose_no_pair(
+    monkeypatch: pytest.MonkeyPatch, width: int, threshold: float, rounded: bool
+) -> None:
+    """The bound from head and tail set too low by rounding, to bfloat16 above all; another result where it is fast."""
+    monkeypatch.setattr(cosine_block, "multiplies_bfloat16", lambda device: rounded)
     monkeypatch.setattr(cosine_block, "MIN_ROWS_FOR_HEADS", 16)
     monkeypatch.setattr(cosine_block, "RECHECK_COST", 1)
     monkeypatch.setattr(cosine, "LEADERS", 8)
     vectors = _vectors(1, 400, width, "float16")
-    assert cosine_block.Block(vectors, threshold, "cpu").is_cut
+    assert (cosine_block.Block(vectors, threshold, "cpu").heads.dtype == torch.bfloat16) == rounded
     expected = _brute_force(vectors, threshold)
     one, similarity = pairs_above(vectors, threshold)
     other, same = pairs_above(vectors, threshold, block_rows=37)
