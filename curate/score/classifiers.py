@@ -1,13 +1,15 @@
 """Image classifiers as ONNX files: `p_<label>` for any of them, and `nsfw_score_gantman`.
 
 GantMan's nsfw_model (MIT; MobileNetV2 224, and nsfwjs, its TF.js form) takes pixels / 255 as [N, h, w, 3] and answers
-drawings, hentai, neutral, porn, sexy. How COYO made one number of the five is not published. Here it is
+drawings, hentai, neutral, porn, sexy. Pictures are stretched as nsfwjs does it (src/core.ts: bilinear between four
+pixels, the corners meeting; no smoothing), whose weights these are; nsfw_model's predict.py takes the nearest pixel
+instead, which scatters about the same score. How COYO made one number of the five is not published. Here it is
 porn + hentai: the two classes of explicit content; `sexy` (swimwear, underwear) is not in it, since a threshold of
 0.5 (COYO's) would then drop most beach photographs. All five classes stay available as columns of their own.
 Refuses to softmax, rename or threshold: the file's own outputs are the columns.
 """
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Literal
 
@@ -23,19 +25,13 @@ from curate.score.onnx_session import CPU, open_session
 GANTMAN_LABELS = ("drawings", "hentai", "neutral", "porn", "sexy")
 GANTMAN_UNSAFE = ("hentai", "porn")
 
-Resize = Literal["nearest", "bilinear", "bicubic", "area"]
-_RESIZES = {
-    "nearest": cv2.INTER_NEAREST,
-    "bilinear": cv2.INTER_LINEAR,
-    "bicubic": cv2.INTER_CUBIC,
-    "area": cv2.INTER_AREA,
-}
+Resize = Literal["bilinear", "corners"]  # pixel centres scaled (Keras, OpenCV), or corners on corners (nsfwjs)
 
 
 class OnnxClassifier:
     """An ONNX image classifier with one picture input, [N, h, w, 3] or [N, 3, h, w], and one row of outputs a picture.
 
-    The picture is stretched to h x w (as nsfw_model's and Keras' loaders do), scaled to 0..1, then (x - mean) / std.
+    The picture is stretched to h x w, scaled to 0..1, then (x - mean) / std.
     """
 
     def __init__(
@@ -58,7 +54,7 @@ class OnnxClassifier:
         self._height, self._width = side
         self._mean = np.array(mean, dtype=np.float32)
         self._std = np.array(std, dtype=np.float32)
-        self._resize = _RESIZES[resize]
+        self._resize = _on_corners if resize == "corners" else _on_centres
         self._batch_size = batch_size
 
     @classmethod
@@ -104,21 +100,19 @@ class OnnxClassifier:
 
     def __call__(self, images: Sequence[Uint8]) -> dict[str, npt.NDArray[np.float32]]:
         """`p_<label>` float32 [N] each, of uint8 RGB pictures [h, w, 3]; what is not finite is NaN, no value."""
-        scores = self.probabilities(images)
+        scores = self.answers([self.prepare(image) for image in images])
         return {f"p_{label}": scores[:, i] for i, label in enumerate(self.labels)}
 
-    def probabilities(self, images: Sequence[Uint8]) -> Float32:
-        """The model's output float32 [N, labels]."""
-        rows = [np.zeros((0, len(self.labels)), dtype=np.float32)]
-        for start in range(0, len(images), self._batch_size):
-            batch = np.stack([self.prepare(image) for image in images[start : start + self._batch_size]])
-            rows.append(self._run(batch))
-        return np.concatenate(rows)
+    def answers(self, prepared: Sequence[Float32]) -> Float32:
+        """The model's output float32 [N, labels] for pictures that `prepare` made."""
+        starts = range(0, len(prepared), self._batch_size)
+        rows = [self._run(np.stack(prepared[start : start + self._batch_size])) for start in starts]
+        return np.concatenate([np.zeros((0, len(self.labels)), dtype=np.float32), *rows])
 
     def prepare(self, image: Uint8) -> Float32:
         """One picture as the model takes it, float32 [h, w, 3] or [3, h, w]."""
-        small = cv2.resize(as_rgb(image), (self._width, self._height), interpolation=self._resize)
-        pixels = (np.asarray(small, dtype=np.float32) / 255.0 - self._mean) / self._std
+        small = self._resize(as_rgb(image), self._height, self._width)
+        pixels = (small / np.float32(255) - self._mean) / self._std
         return np.asarray(pixels if self._channels_last else pixels.transpose(2, 0, 1), dtype=np.float32)
 
     def _run(self, batch: Float32) -> Float32:
@@ -141,15 +135,42 @@ class GantmanNsfw:
     @classmethod
     def from_file(cls, path: Path | str, *, threads: int = 1, providers: Sequence[str] = CPU) -> "GantmanNsfw":
         """Open an ONNX conversion of nsfw_model or nsfwjs. Raises WeightsError."""
-        return cls(OnnxClassifier.from_file(path, GANTMAN_LABELS, threads=threads, providers=providers))
+        classifier = OnnxClassifier.from_file(
+            path, GANTMAN_LABELS, resize="corners", threads=threads, providers=providers
+        )
+        return cls(classifier)
 
     def __call__(self, images: Sequence[Uint8]) -> dict[str, npt.NDArray[np.float32]]:
         """`nsfw_score_gantman` float32 [N] = P(porn) + P(hentai), and the five `nsfw_gantman_<class>`."""
-        return gantman_columns(self._classifier(images))
+        return self.score([self.prepare(image) for image in images])
+
+    def prepare(self, image: Uint8) -> Float32:
+        """One picture, stretched: float32 [224, 224, 3]."""
+        return self._classifier.prepare(image)
+
+    def score(self, prepared: Sequence[Float32]) -> dict[str, npt.NDArray[np.float32]]:
+        """The same columns of pictures that `prepare` made."""
+        classes = self._classifier.answers(prepared)
+        unsafe = sum(classes[:, GANTMAN_LABELS.index(label)] for label in GANTMAN_UNSAFE)
+        named = {f"nsfw_gantman_{label}": classes[:, place] for place, label in enumerate(GANTMAN_LABELS)}
+        return {"nsfw_score_gantman": np.clip(unsafe, 0.0, 1.0), **named}
 
 
-def gantman_columns(classes: Mapping[str, Float32]) -> dict[str, npt.NDArray[np.float32]]:
-    """Columns from the five `p_<class>`: the stated reduction, and the classes themselves."""
-    unsafe = np.sum([classes[f"p_{label}"] for label in GANTMAN_UNSAFE], axis=0, dtype=np.float32)
-    named = {f"nsfw_gantman_{label}": classes[f"p_{label}"] for label in GANTMAN_LABELS}
-    return {"nsfw_score_gantman": np.clip(unsafe, 0.0, 1.0).astype(np.float32), **named}
+def _on_centres(image: Uint8, height: int, width: int) -> Float32:
+    return np.asarray(cv2.resize(image, (width, height), interpolation=cv2.INTER_LINEAR), dtype=np.float32)
+
+
+def _on_corners(image: Uint8, height: int, width: int) -> Float32:
+    """float32 [height, width, 3]: tf.image.resizeBilinear with alignCorners."""
+    (above, below, down), (left, right, across) = _between(image.shape[0], height), _between(image.shape[1], width)
+    down, across = down[:, None, None], across[:, None]
+    upper = image[above[:, None], left] * (1 - across) + image[above[:, None], right] * across
+    lower = image[below[:, None], left] * (1 - across) + image[below[:, None], right] * across
+    return np.asarray(upper * (1 - down) + lower * down, dtype=np.float32)
+
+
+def _between(size: int, wanted: int) -> tuple[npt.NDArray[np.int64], npt.NDArray[np.int64], Float32]:
+    """For each of `wanted` places from the first pixel to the last: the pixels about it, and how far along it lies."""
+    places = np.linspace(0, size - 1, wanted)
+    first = places.astype(np.int64)
+    return first, np.minimum(first + 1, size - 1), (places - first).astype(np.float32)

@@ -123,6 +123,7 @@ class OpenNsfwScorer(OneFileScorer):
 class GantmanScorer(OneFileScorer):
     """`nsfw_score_gantman` and its five classes, by an ONNX conversion of nsfwjs's or nsfw_model's network."""
 
+    version = 2  # stretched as nsfwjs does it
     default = "gantman-mobilenet-v2"
     columns = ("nsfw_score_gantman", *(f"nsfw_gantman_{label}" for label in GANTMAN_LABELS))
 
@@ -131,16 +132,12 @@ class GantmanScorer(OneFileScorer):
         from curate.score.classifiers import GantmanNsfw  # noqa: PLC0415  # ONNX Runtime: on workers only
 
         found = GantmanNsfw.from_file(self.weights.path(), threads=device.threads, providers=providers(device))
-        return _as_it_is, found
+        return lambda picture: found.prepare(picture.pixels), found.score
 
 
 def _squeezed(picture: Picture) -> Image.Image:
     """256 x 256, bilinear: with this both published preprocessings begin."""
     return picture.once("256 x 256", lambda: picture.rgb.resize((256, 256), Image.Resampling.BILINEAR))
-
-
-def _as_it_is(picture: Picture) -> Any:
-    return picture.pixels
 
 
 def _fitted(side: int) -> Shrink:
@@ -197,10 +194,10 @@ class FacesScorer(DetectorScorer):
         how: dict[str, Any] = {"threads": device.threads, "providers": providers(device)}
         least = self._settings.least_score
         if self._settings.detector == "scrfd":
-            return _as_it_is, faces.ScrfdFaces.from_file(file, score=least or faces.SCRFD_SCORE, **how)
-        found = faces.YuNetFaces.from_file(file, score=least or faces.YUNET_SCORE, **how)
-        own_side = self._settings.weights is not None  # a fixed-size file has its own
-        return _as_it_is if own_side else _fitted(faces.YUNET_SIDE), found
+            scrfd = faces.ScrfdFaces.from_file(file, score=least or faces.SCRFD_SCORE, **how)
+            return _fitted(scrfd.side), scrfd
+        yunet = faces.YuNetFaces.from_file(file, score=least or faces.YUNET_SCORE, **how)
+        return _fitted(yunet.side), yunet
 
 
 class TextDensitySettings(WeightsSettings):

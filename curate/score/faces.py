@@ -54,7 +54,7 @@ class YuNetFaces:
 
     def __init__(self, session: ort.InferenceSession, *, side: int, score: float, batch_size: int) -> None:
         self._session = session
-        self._side = side
+        self.side = side  # of the canvas, in pixels
         self._score = score
         self._batch_size = batch_size
         self._input = session.get_inputs()[0].name
@@ -96,8 +96,8 @@ class YuNetFaces:
         """Faces of each picture, with their scores."""
         found: list[Faces] = []
         for start in range(0, len(images), self._batch_size):
-            pictures = [fit(image, self._side) for image in images[start : start + self._batch_size]]
-            pixels = blob(pictures, self._side, fill=0, mean=0.0, scale=1.0, bgr=True)
+            pictures = [fit(image, self.side) for image in images[start : start + self._batch_size]]
+            pixels = blob(pictures, self.side, fill=0, mean=0.0, scale=1.0, bgr=True)
             outputs = self._session.run(self._outputs, {self._input: pixels})
             found += [
                 self._decode([output[row] for output in outputs], picture) for row, picture in enumerate(pictures)
@@ -111,7 +111,7 @@ class YuNetFaces:
             classes, objects, offsets = outputs[level][:, 0], outputs[3 + level][:, 0], outputs[6 + level]
             score = np.sqrt(np.clip(classes, 0.0, 1.0) * np.clip(objects, 0.0, 1.0))
             cells = np.flatnonzero(score >= self._score)
-            row, column = np.divmod(cells, self._side // stride)
+            row, column = np.divmod(cells, self.side // stride)
             centre = (np.stack([column, row], axis=1) + offsets[cells, :2]) * stride
             half = np.exp(np.minimum(offsets[cells, 2:], 16.0)) * (stride / 2)
             boxes.append(np.concatenate([centre - half, centre + half], axis=1))
@@ -124,7 +124,7 @@ class ScrfdFaces:
 
     def __init__(self, session: ort.InferenceSession, *, side: int, score: float) -> None:
         self._session = session
-        self._side = side
+        self.side = side  # of the canvas, in pixels
         self._score = score
         self._input = session.get_inputs()[0].name
 
@@ -154,17 +154,17 @@ class ScrfdFaces:
 
     def detect(self, images: Sequence[Uint8]) -> list[Faces]:
         """Faces of each picture, with their scores; one picture a run, as the published files are exported."""
-        return [self._detect_one(fit(image, self._side)) for image in images]
+        return [self._detect_one(fit(image, self.side)) for image in images]
 
     def _detect_one(self, picture: Uint8) -> Faces:
         """Score, then distances (left, top, right, bottom) from each cell's corner, in strides."""
-        pixels = blob([picture], self._side, fill=0, mean=127.5, scale=1 / 128, bgr=False)
+        pixels = blob([picture], self.side, fill=0, mean=127.5, scale=1 / 128, bgr=False)
         outputs = self._session.run(None, {self._input: pixels})
         boxes, scores = [], []
         for level, stride in enumerate(STRIDES):
             score = outputs[level].reshape(-1)
             keep = np.flatnonzero(score >= self._score)
-            row, column = np.divmod(keep // SCRFD_ANCHORS, self._side // stride)
+            row, column = np.divmod(keep // SCRFD_ANCHORS, self.side // stride)
             cell = np.stack([column, row], axis=1).astype(np.float32) * stride
             distance = outputs[3 + level].reshape(-1, 4)[keep] * stride
             boxes.append(np.concatenate([cell - distance[:, :2], cell + distance[:, 2:]], axis=1))

@@ -7,6 +7,8 @@ import cv2
 import numpy as np
 import onnxruntime as ort
 import pytest
+import torch
+from torch.nn import functional
 
 from curate.errors import WeightsError
 from curate.score.classifiers import GantmanNsfw, OnnxClassifier
@@ -68,7 +70,9 @@ def test_gantman() -> None:
     pictures = [cv2.cvtColor(cv2.imread(str(file)), cv2.COLOR_BGR2RGB) for file in files]
     got = GantmanNsfw.from_file(GANTMAN)(pictures)
     session = ort.InferenceSession(str(GANTMAN), providers=["CPUExecutionProvider"])
-    batch = np.stack([cv2.resize(picture, (224, 224)) for picture in pictures]).astype(np.float32) / 255
+    planes = [torch.from_numpy(picture).permute(2, 0, 1)[None] / 255 for picture in pictures]
+    resized = [functional.interpolate(plane, (224, 224), mode="bilinear", align_corners=True) for plane in planes]
+    batch = torch.cat(resized).permute(0, 2, 3, 1).contiguous().numpy()  # as nsfwjs's core.ts does it
     wanted = session.run(["probs"], {"image": batch})[0]
     classes = ["drawings", "hentai", "neutral", "porn", "sexy"]
     np.testing.assert_allclose(np.stack([got[f"nsfw_gantman_{name}"] for name in classes], axis=1), wanted, atol=1e-5)
