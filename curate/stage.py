@@ -118,6 +118,7 @@ class CrossStep(ABC):
 
     name: str
     tables: tuple[TableSpec, ...] = ()
+    note: str = ""  # what a plan says of it besides: a setting that this machine's limits changed
 
     def check(self, store: Store) -> None:  # noqa: B027
         """Raise PlanError for what would fail later."""

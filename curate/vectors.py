@@ -28,6 +28,8 @@ Int64 = npt.NDArray[np.int64]
 
 SHARDS_PER_CHUNK = 50  # 1 GB of float16 vectors of 1024 numbers
 SPARE = 6  # standard deviations by which a draw exceeds the sample, so that it is not too small
+POINT_BYTES = 8  # of each number of a sample: as drawn (float16, centroids float32) and as k-means sees it, float32
+CENTRE_BYTES = 12  # of each number of a centroid: float32, and the sums that it is the mean of
 
 
 class Points(Protocol):
@@ -185,14 +187,36 @@ def draw(points: Points, work: str, size: int, seed: int, map_items: Map) -> Non
 def drawn(points: Points, work: str, size: int) -> tuple[Int64, npt.NDArray[Any]]:
     """(rows int64[m], vectors [m, d]) of the sample, m at most `size`, in the order of the hashes.
 
-    Memory: twice the sample.
+    Memory: the sample and a chunk's part of it.
     """
-    parts = [get_arrays(points.store, f"{work}/sample/{name}") for name in points.store.names(f"{work}/sample")]
-    marks = np.concatenate([part["marks"] for part in parts] or [np.empty(0, np.uint64)])
-    first = np.argsort(marks, kind="stable")[:size]
-    rows = np.concatenate([np.empty(0, np.int64), *(part["rows"] for part in parts)])
-    vectors = np.concatenate([np.empty((0, points.width), np.float16), *(part["vectors"] for part in parts)])
-    return rows[first], vectors[first]
+    paths = [f"{work}/sample/{name}" for name in points.store.names(f"{work}/sample")]
+    marks = [get_arrays(points.store, path, "marks")["marks"] for path in paths]
+    first = np.argsort(np.concatenate([np.empty(0, np.uint64), *marks]), kind="stable")[:size]
+    place = np.full(sum(map(len, marks)), -1, np.int64)
+    place[first] = np.arange(len(first))
+    rows, vectors, before = np.empty(len(first), np.int64), np.empty((0, points.width), np.float16), 0
+    for path, part in zip(paths, marks, strict=True):
+        held, to = get_arrays(points.store, path), place[before : before + len(part)]
+        if not before:
+            vectors = np.empty((len(first), points.width), held["vectors"].dtype)
+        before += len(part)
+        rows[to[to >= 0]] = held["rows"][to >= 0]
+        vectors[to[to >= 0]] = held["vectors"][to >= 0]
+    return rows, vectors
+
+
+def points_within(count: int, wanted: int, width: int, memory_gb: float, place: str) -> int:
+    """Points for each of `count` cells, at most `wanted`, on which one task can train k-means in so much memory.
+
+    Raises PlanError where not even one fits; `place` starts its text.
+    """
+    left = memory_gb * 1e9 - count * width * CENTRE_BYTES
+    most = int(left // (count * width * POINT_BYTES))
+    if most < 1:
+        needed = count * width * (CENTRE_BYTES + POINT_BYTES) / 1e9
+        raise PlanError(f"{place}: {count:,} clusters of {width} numbers need {needed:,.1f} GB in one task; "
+                        f"raise memory_gb ({memory_gb:g}), or take fewer")  # fmt: skip
+    return min(wanted, most)
 
 
 def _count(points: Points, chunk: range) -> int:
@@ -235,10 +259,10 @@ def put_arrays(store: Store, path: str, **arrays: npt.NDArray[Any]) -> None:
     store.put_bytes(path, out.getvalue())
 
 
-def get_arrays(store: Store, path: str) -> Mapping[str, npt.NDArray[Any]]:
-    """What `put_arrays` wrote."""
+def get_arrays(store: Store, path: str, *names: str) -> Mapping[str, npt.NDArray[Any]]:
+    """What `put_arrays` wrote; only these arrays where some are named."""
     with np.load(io.BytesIO(store.get_bytes(path)), allow_pickle=False) as held:
-        return {name: held[name] for name in held.files}
+        return {name: held[name] for name in names or held.files}
 
 
 def unless_there(store: Store, path: str, make: Callable[[], Mapping[str, npt.NDArray[Any]]]) -> Mapping[str, Any]:

@@ -40,6 +40,7 @@ class StepRecord:
     counts: dict[str, int] = field(default_factory=dict)
     cost: Cost = field(default_factory=Cost)
     set_aside: dict[str, str] = field(default_factory=dict)
+    note: str = ""
 
 
 class Job:
@@ -186,7 +187,7 @@ class Job:
 
     def _across(self, step: CrossStep, shards: Sequence[Shard]) -> None:
         done = step.done(self.store, shards)
-        record = StepRecord(step.name, [spec.name for spec in step.tables], int(not done), 1)
+        record = StepRecord(step.name, [spec.name for spec in step.tables], int(not done), 1, note=step.note)
         self.records.append(record)
         if self.dry:
             return
@@ -202,6 +203,8 @@ class Job:
                 if not step.done(self.store, shards):
                     raise
                 self._sweep(step)
+        for spec in step.tables:
+            self.store.sweep(self.store.folder(spec))
 
     def _sweep(self, step: CrossStep) -> None:
         """Remove what a run that lost a race, or was killed at the very end, left of a step that is done."""

@@ -136,7 +136,8 @@ def _clusters(recipe: Recipe, rows: float, rates: Rates) -> Iterator[Line]:
             if not math.isnan(width):
                 seen = points_within(cells.count, seen, int(width), cells.memory_gb, "cells")
             sampled = min(rows, seen * cells.count)
-            how = f"trained on {sampled:,.0f} rows in at most {cells.memory_gb:g} GB"
+            how = f"trained in {cells.memory_gb:g} GB"
+            how += "" if seen == cells.points_per_cell else f" on {seen} rows each, not {cells.points_per_cell}"
         what = f"{cells.count:,} cells, {how}"
         yield _product("cells", what, rows + cells.iterations * sampled, cells.count, cells.by, recipe, rates)
     if recipe.hierarchy is not None and recipe.cells is not None:

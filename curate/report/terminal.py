@@ -21,6 +21,9 @@ def print_plan(out: Console, job: Job) -> None:
         todo, of = (f"{record.todo:,}", f"{record.of:,}") if job.shards else ("all", "not ingested yet")
         table.add_row(record.name, "\n".join(record.tables), prints, todo, of)
     out.print(table)
+    for record in job.records:
+        if record.note:
+            out.print(record.note, markup=False, soft_wrap=True)
 
 
 def print_funnel(out: Console, store: Store, tables: Sequence[TableSpec], shards: Sequence[str]) -> None:

@@ -101,8 +101,7 @@ def train(
     many points, and one that nothing is nearest to stays where it was. "cosine" is spherical k-means. Memory: a float32
     copy of the points. Raises PlanError when fewer usable points than cells are given.
     """
-    good = usable(points)
-    floats = unit(points[good]) if metric == "cosine" else np.ascontiguousarray(points[good], dtype=np.float32)
+    floats = _usable_floats(points, metric)
     if len(floats) < n_cells or n_cells < 1:
         raise PlanError(f"cells: {n_cells} cells asked of {len(floats)} usable vectors; lower the number of cells")
     rng = np.random.default_rng(seed)
@@ -129,6 +128,19 @@ def train(
         kmeans.train(floats, init_centroids=centroids)
         centroids = np.asarray(kmeans.centroids, dtype=np.float32).reshape(n_cells, -1)
     return Cells(centroids, metric)
+
+
+def _usable_floats(points: npt.NDArray[Any], metric: Literal["cosine", "l2"]) -> Float32:
+    """The usable rows as float32, of length 1 for "cosine"; block by block, since a sample has tens of gigabytes."""
+    blocks = [slice(start, start + EXACT_ROWS) for start in range(0, len(points), EXACT_ROWS)]
+    good = [usable(points[rows]) for rows in blocks]
+    floats = np.empty((sum(int(some.sum()) for some in good), points.shape[1]), np.float32)
+    filled = 0
+    for rows, some in zip(blocks, good, strict=True):
+        part = points[rows][some]
+        floats[filled : filled + len(part)] = unit(part) if metric == "cosine" else widened(part)
+        filled += len(part)
+    return floats
 
 
 def _mini_batches(
@@ -159,7 +171,8 @@ def plus_plus(points: Float32, n_cells: int, rng: np.random.Generator, device: s
     round began, and one is accepted with the share of its distance that is left: one matrix product a round.
     """
     on_device = torch.from_numpy(points).to(device)
-    lengths = (on_device * on_device).sum(dim=1)
+    step = TILE_ROWS[on_device.device.type]
+    lengths = torch.cat([(part * part).sum(dim=1) for part in torch.split(on_device, step)])
     chosen = [int(rng.integers(len(points)))]
     nearest = np.full(len(points), np.inf)
     fresh = list(chosen)

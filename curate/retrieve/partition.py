@@ -69,12 +69,14 @@ def _load(root: str, path: str, metric: Any) -> Cells:
     return Cells(get_arrays(Store(root), path)["centroids"], metric)
 
 
-def prepare(founding: Pool, place: Place, settings: CellsSettings, work: str, map_items: Map) -> None:
-    """Write the centroids: the recipe's own, or trained on a sample of the founders."""
+def prepare(
+    founding: Pool, place: Place, settings: CellsSettings, points_per_cell: int, work: str, map_items: Map
+) -> None:
+    """Write the centroids: the recipe's own, or trained on a sample of the founders, so many for each cell."""
     path = f"{place.folder}/centroids.npz"
     if settings.centroids is None:
         how = KMeans(
-            settings.count, settings.metric, settings.init, settings.iterations, settings.points_per_cell,
+            settings.count, settings.metric, settings.init, settings.iterations, points_per_cell,
             settings.seed, settings.resampling, settings.sample_size, settings.batch,
         )  # fmt: skip
         levels.train(founding, how, path, work, map_items)

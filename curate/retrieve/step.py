@@ -18,14 +18,14 @@ from typing import TYPE_CHECKING, Any, cast
 
 import pyarrow as pa
 
-from curate.config import CellsSettings, HierarchySettings, RetrieveSettings
+from curate.config import CellsSettings, HierarchySettings, LevelSettings, RetrieveSettings
 from curate.errors import PlanError
 from curate.metrics import Ticker
 from curate.retrieve.vector_files import check_width, digest_of, width_of
 from curate.schema import KEY, Shard, TableSpec, fingerprint, inputs_of, pool_digest
 from curate.stage import CrossStep, Map
 from curate.store import Store
-from curate.vectors import founders, pool_of
+from curate.vectors import founders, points_within, pool_of
 
 if TYPE_CHECKING:
     from curate.retrieve.partition import Place
@@ -49,13 +49,14 @@ class CellsStep(CrossStep):
     def __init__(
         self, settings: CellsSettings, store: Store, tables: Sequence[TableSpec], shards: Sequence[Shard]
     ) -> None:
-        self.settings = settings
+        self.settings, self.points_per_cell = settings, settings.points_per_cell
         self.given, self.shards = tuple(tables), tuple(shards)
         self.pool = pool_of(store, tables, shards, settings.by, settings.where, self.name)
         self._founding = pool_of(store, tables, founders(shards), settings.by, None, self.name)
-        identity = settings.model_dump(mode="json", exclude={"where"})
+        identity = settings.model_dump(mode="json", exclude={"where", "memory_gb"})
         if settings.centroids is None:
-            identity["founders"] = pool_digest(founders(shards))
+            self.points_per_cell, self.note = points_of(settings, settings, self.pool.width, self.name)
+            identity |= {"founders": pool_digest(founders(shards)), "points_per_cell": self.points_per_cell}
         else:
             identity["centroids"] = digest_of(settings.centroids, "cells.centroids")
         self._spec = TableSpec("cells", 2, pa.schema([KEY, *CELLS]), identity, inputs_of(self._founding.tables))
@@ -85,10 +86,26 @@ class CellsStep(CrossStep):
         from curate.retrieve import partition  # noqa: PLC0415  # torch and FAISS: not for a plan
 
         work = f"_work/cells/{self._spec.fingerprint}"
-        partition.prepare(self._founding, self.place, self.settings, work, map_items)
+        partition.prepare(self._founding, self.place, self.settings, self.points_per_cell, work, map_items)
         counts = partition.assign_all(self.pool, self.place, shards, map_items, ticker)
         store.remove_tree(work)
         return counts
+
+
+def points_of(level: LevelSettings, how: CellsSettings | HierarchySettings, width: int, place: str) -> tuple[int, str]:
+    """(points of each cluster that k-means sees, what a plan says where memory makes them fewer than asked for).
+
+    Raises PlanError where memory does not hold what resampling gathers, or not even a point a cluster.
+    """
+    gathered = level.sample_size if level.resampling else 1
+    most = points_within(level.count, max(how.points_per_cell, gathered), width, how.memory_gb, place)
+    if gathered > most:
+        told = f"{place}: sample_size {gathered} of {level.count:,} clusters is more than memory_gb ({how.memory_gb:g})"
+        raise PlanError(f"{told} holds in one task; {most} would fit")
+    if most >= how.points_per_cell:
+        return how.points_per_cell, ""
+    told = f"{place}: k-means of {level.count:,} clusters sees {most} points for each, not {how.points_per_cell}"
+    return most, f"{told}: memory_gb ({how.memory_gb:g}) holds no more"
 
 
 def cells_step(
@@ -189,7 +206,12 @@ class HierarchyStep(CrossStep):
             raise PlanError("hierarchy.splits: a level has either splits or resampling; set cells.resampling: 0")
         self.settings, self._cells = settings, cells
         fields = [pa.field(f"hierarchical_sample_{target}", pa.int32()) for target in settings.targets]
-        identity = settings.model_dump(mode="json") | cells.identity
+        identity = settings.model_dump(mode="json", exclude={"memory_gb"}) | cells.identity
+        points = [points_of(level, settings, cells.pool.width, self.name) for level in settings.levels]
+        self.note = "; ".join(note for _, note in points if note)
+        if self.note:
+            identity["points_of_levels"] = [number for number, _ in points]
+        self._points = tuple(number for number, _ in points)
         self._spec = TableSpec("hierarchical_sample", 1, pa.schema([KEY, *fields]), identity, inputs_of(cells.read))
         self.tables = (self._spec,)
 
@@ -203,7 +225,7 @@ class HierarchyStep(CrossStep):
 
         work = f"_work/hierarchical_sample/{self._spec.fingerprint}"
         pool, place = self._cells.pool, self._cells.place
-        counts = tree.sample(pool, place, self.settings, self._spec, work, shards, map_items, ticker)
+        counts = tree.sample(pool, place, self.settings, self._points, self._spec, work, shards, map_items, ticker)
         store.remove_tree(work)
         return counts
 

@@ -32,10 +32,13 @@ LEVEL_SEED = 104729  # apart, so that no level draws as another does
 
 
 def sample(
-    pool: Pool, place: Place, settings: HierarchySettings, spec: TableSpec, work: str, shards: Sequence[Shard],
-    map_items: Map, ticker: Ticker,
+    pool: Pool, place: Place, settings: HierarchySettings, points: Sequence[int], spec: TableSpec, work: str,
+    shards: Sequence[Shard], map_items: Map, ticker: Ticker,
 ) -> Mapping[str, int]:  # fmt: skip
-    """Write the table of all targets; images, copies included, by target. Raises PlanError for a level."""
+    """Write the table of all targets; images, copies included, by target. Raises PlanError for a level.
+
+    `points`: of each level, how many points a cluster its k-means sees.
+    """
     store = pool.store
     lowest: Place | Splits = place
     files: tuple[tuple[str, int], ...] = ((f"{place.folder}/centroids.npz", len(place.sizes(store))),)
@@ -43,7 +46,7 @@ def sample(
         lowest = split(pool, place, settings, [shard.name for shard in shards], work, map_items)
         files = lowest.files(store)
     if not store.exists(f"{work}/quotas.npz"):
-        parents = _parents(Centroids(store, pool.width, files), settings, work, map_items)
+        parents = _parents(Centroids(store, pool.width, files), settings, points, work, map_items)
         tree = Tree(lowest.sizes(store), tuple(parents))
         shares = [allocate(tree, target, settings.multiplier, settings.seed) for target in settings.targets]
         put_arrays(store, f"{work}/quotas.npz", quotas=np.stack(shares))
@@ -55,15 +58,17 @@ def sample(
     return {name: counts[name] for name in spec.columns}
 
 
-def _parents(below: Centroids, settings: HierarchySettings, work: str, map_items: Map) -> list[npt.NDArray[np.int32]]:
+def _parents(
+    below: Centroids, settings: HierarchySettings, points: Sequence[int], work: str, map_items: Map
+) -> list[npt.NDArray[np.int32]]:
     """For each level above the lowest, the cluster in it of every centroid below."""
     counts = [int(below.starts[-1]), *(level.count for level in settings.levels)]
     if any(upper > lower for lower, upper in pairwise(counts)):
         raise PlanError(f"hierarchy.levels: {counts} clusters from the lowest upwards; each level needs fewer")
     parents = []
-    for number, level in enumerate(settings.levels, start=1):
+    for number, (level, seen) in enumerate(zip(settings.levels, points, strict=True), start=1):
         how = KMeans(
-            level.count, "l2", "kmeans++", settings.iterations, settings.points_per_cell,
+            level.count, "l2", "kmeans++", settings.iterations, seen,
             settings.seed + LEVEL_SEED * number, level.resampling, level.sample_size,
         )  # fmt: skip
         folder = f"{work}/level{number}"

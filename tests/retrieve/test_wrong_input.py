@@ -8,7 +8,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 
-from curate.config import HierarchySettings, RetrieveSettings, SeedSet
+from curate.config import HierarchySettings, LevelSettings, RetrieveSettings, SeedSet
 from curate.errors import PlanError
 from curate.retrieve.step import cells_step, hierarchy_step, retrieve_step
 from curate.store import Store
@@ -121,3 +121,30 @@ def test_wrong_seeds_are_refused(tmp_path: Path) -> None:
         go(retrieve_step(RetrieveSettings(sets=[none]), cells), store, shards)
     with pytest.raises(PlanError, match=r"metric: l2"):
         hierarchy_step(HierarchySettings(targets=[3]), cells)
+
+
+def test_k_means_takes_no_more_memory_than_it_was_given(tmp_path: Path) -> None:
+    """Guards against a task of 157 GB that a machine kills after a week of scoring: fewer points are seen and the plan
+    says so, and what no number of points would fit is refused there."""
+    store = Store(str(tmp_path / "run"))
+    shards, _ = build(store)
+    cells = cells_step(CELLS, store, TABLES, shards)
+    bytes_of = 1e-9 * CELLS.count * WIDTH
+    tight = CELLS.model_copy(update={"memory_gb": bytes_of * (12 + 8 * 7)})
+    less = cells_step(tight, store, TABLES, shards)
+    assert (cells.note, cells.points_per_cell, less.points_per_cell) == ("", 20, 7) and "sees 7 points" in less.note
+    seven = cells_step(CELLS.model_copy(update={"points_per_cell": 7}), store, TABLES, shards)
+    prints = [one.tables[0].fingerprint for one in (cells, less, seven)]
+    assert prints[0] != prints[1] == prints[2]
+    go(less, store, shards)
+    with pytest.raises(PlanError, match="raise memory_gb"):
+        cells_step(CELLS.model_copy(update={"memory_gb": bytes_of}), store, TABLES, shards)
+    wide = tight.model_copy(update={"resampling": 1, "sample_size": 8})
+    with pytest.raises(PlanError, match="7 would fit"):
+        cells_step(wide, store, TABLES, shards)
+    l2 = cells_step(CELLS.model_copy(update={"metric": "l2"}), store, TABLES, shards)
+    tree = HierarchySettings(levels=[LevelSettings(count=4)], targets=[9], memory_gb=4e-9 * WIDTH * (12 + 8 * 2))
+    step = hierarchy_step(tree, l2)
+    assert "4 clusters sees 2 points for each, not 256" in step.note
+    go(l2, store, shards)
+    assert go(step, store, shards) == {"hierarchical_sample_9": 9}
