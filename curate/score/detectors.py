@@ -209,7 +209,7 @@ class TextDensitySettings(WeightsSettings):
 class TextDensityScorer(DetectorScorer):
     """`text_area`, `text_boxes`, `text_density`, by the detector in the rapidocr wheel or another of PP-OCR (ONNX)."""
 
-    version = 2  # 512-pixel pictures fill the canvas
+    version = 3  # small pictures are enlarged, regions count besides their length
 
     settings_type: ClassVar[type[ScorerSettings]] = TextDensitySettings
 

@@ -50,7 +50,7 @@ class Unmasked:
 class TextMaskedScorer(ImageScorer[Unmasked]):
     """CLIP on pictures whose text was painted over."""
 
-    version = 2  # regions as text_density finds them since its version 2
+    version = 3  # regions as text_density finds them since its version 3
     settings_type: ClassVar[type[ScorerSettings]] = TextMaskedSettings
     reads_text: ClassVar[bool] = True
 

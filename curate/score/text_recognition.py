@@ -3,7 +3,7 @@
 Gives `text_chars`, `text_script` and `text_density_read`, and costs twice what detection does on ../shared/realdata
 (12 regions a picture). Regions are cut out upright, brought to a height of 48 pixels, and padded to one of a few
 widths, so that a line's reading does not depend on the lines that happen to share its batch. The density with reading
-is the mean of two estimates of how much is written: detection's letter-heights, and characters of half a letter-height
+is the mean of two estimates of how much is written: detection's letter-heights, and characters of one letter-height
 each. Characters alone are blind to scripts that the model does not read (Hebrew, Devanagari) and to pages lying on
 their side. Lines read with less certainty than 0.5 (rapidocr's text_score) do not count, nor does white space.
 Keeps no text: counts and a script only.
@@ -95,7 +95,7 @@ class TextReader:
         """The same columns of pictures whose regions are known."""
         read = [self.read(image, found) for image, found in zip(images, regions, strict=True)]
         characters = [len("".join("".join(lines).split())) for lines in read]
-        written = [(found.line + 0.5 * count) / 2 for found, count in zip(regions, characters, strict=True)]
+        written = [(found.line + count) / 2 for found, count in zip(regions, characters, strict=True)]
         return {
             **columns(regions, images),
             "text_chars": np.array(characters, dtype=np.int32),
