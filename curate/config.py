@@ -232,7 +232,7 @@ class ExpertsSettings(Settings):
     """MoDE: captions clustered twice; each coarse cell is an expert."""
 
     by: str  # a column of text embeddings, e.g. clip_vitl14_text
-    where: str | None = None
+    where: str | None = None  # SQL; what each refresh may answer otherwise (is_duplicate) belongs into the subsets
     fine: Positive = 1024
     coarse: Positive = 4
     sample: Positive = 1_000_000  # captions that the clusters are trained on

@@ -1,4 +1,4 @@
-"""MoDE over a pool: both clusterings trained on a sample of captions' vectors, then every shard assigned.
+"""MoDE over a pool: both clusterings trained on a sample of its founders' vectors, then every shard assigned.
 
     _experts/<fingerprint>/experts.npz     fine and coarse centres, and the expert of each fine cell
 
@@ -26,17 +26,24 @@ from curate.vectors import Pool, draw, drawn, finish, get_arrays, put_arrays
 GPU_OF_A_PASS = 0.25  # of a GPU: four tasks hide one another's reading
 
 
+def prepare(founding: Pool, settings: ExpertsSettings, spec: TableSpec, work: str, map_items: Map) -> None:
+    """Write both clusterings, unless they are there. Raises PlanError for too few captions."""
+    path = _path(spec)
+    if not founding.store.exists(path):
+        draw(founding, work, settings.sample, settings.seed, map_items)
+        finish(map_items(OnDevice(partial(_train, founding, settings, work)), [path]))
+
+
+def _path(spec: TableSpec) -> str:
+    return f"_experts/{spec.fingerprint}/experts.npz"
+
+
 def assign_all(
-    pool: Pool, settings: ExpertsSettings, spec: TableSpec, work: str, shards: Sequence[Shard], map_items: Map,
-    ticker: Ticker,
-) -> Mapping[str, int]:  # fmt: skip
-    """Write the table; captions by expert."""
-    path = f"_experts/{spec.fingerprint}/experts.npz"
-    if not pool.store.exists(path):
-        draw(pool, work, settings.sample, settings.seed, map_items)
-        finish(map_items(OnDevice(partial(_train, pool, settings, work)), [path]))
+    pool: Pool, settings: ExpertsSettings, spec: TableSpec, shards: Sequence[Shard], map_items: Map, ticker: Ticker
+) -> Mapping[str, int]:
+    """Write the table where it is missing; captions by expert."""
     counts: Counter[int] = Counter()
-    assign_shard = OnDevice(partial(_assign, pool, spec, path), GPU_OF_A_PASS)
+    assign_shard = OnDevice(partial(_assign, pool, spec, _path(spec)), GPU_OF_A_PASS)
     for found in map_items(assign_shard, list(enumerate(shards))):
         counts.update(found)
         ticker.advance(1)

@@ -21,7 +21,7 @@ from curate.rows import columns_of, names_in, schema_of
 from curate.schema import KEY, Shard, TableSpec, inputs_of, pool_digest
 from curate.stage import CrossStep, Map
 from curate.store import Store
-from curate.vectors import pool_of
+from curate.vectors import founders, pool_of
 
 BALANCE = (
     pa.field("matches", pa.int32()),  # entries that the caption contains
@@ -89,7 +89,8 @@ def balance_step(
 
 
 class ExpertsStep(CrossStep):
-    """Writes `experts`."""
+    """Writes `experts`: trained on the pool's founders, so that a refresh assigns new shards alone and models that were
+    trained on yesterday's experts keep theirs. Once the pool has doubled, all is trained and assigned anew."""
 
     name = "experts"
 
@@ -100,7 +101,8 @@ class ExpertsStep(CrossStep):
             raise PlanError("experts: expected coarse <= fine <= sample")
         self.settings = settings
         self._pool = pool_of(store, tables, shards, settings.by, settings.where, self.name)
-        identity = settings.model_dump(mode="json") | {"pool": pool_digest(shards)}
+        self._founding = pool_of(store, tables, founders(shards), settings.by, settings.where, self.name)
+        identity = settings.model_dump(mode="json") | {"founders": pool_digest(founders(shards))}
         self._spec = TableSpec("experts", 1, pa.schema([KEY, *EXPERTS]), identity, inputs_of(self._pool.tables))
         self.tables = (self._spec,)
 
@@ -113,7 +115,8 @@ class ExpertsStep(CrossStep):
         from curate.balance import experts  # noqa: PLC0415  # torch: not for a plan
 
         work = f"_work/experts/{self._spec.fingerprint}"
-        counts = experts.assign_all(self._pool, self.settings, self._spec, work, shards, map_items, ticker)
+        experts.prepare(self._founding, self.settings, self._spec, work, map_items)
+        counts = experts.assign_all(self._pool, self.settings, self._spec, shards, map_items, ticker)
         store.remove_tree(work)
         return counts
 

@@ -195,6 +195,26 @@ def test_experts_are_those_of_the_nearest_fine_centre(tmp_path: Path, mapper: An
     assert len(seen) == 3
 
 
+def test_experts_outlive_a_refresh(tmp_path: Path) -> None:
+    """Guards experts that were trained on yesterday's subsets: their centres and their old captions stay, and all is as
+    in a pool that came at once."""
+    settings = ExpertsSettings(by="toy", where="folder <> 'a'", fine=8, coarse=3, sample=120)
+    grown, whole = Store(str(tmp_path / "grown")), Store(str(tmp_path / "whole"))
+    shards = build(grown, shards=7)[0]
+    build(whole, shards=7)
+    first = experts_step(settings, grown, VECTOR_TABLES, shards[:4])
+    go(first, grown, shards[:4], shuffled_map)
+    before = _files(tmp_path / "grown" / "experts")
+    second = experts_step(settings, grown, VECTOR_TABLES, shards[:6])
+    go(second, grown, shards[:6])
+    after = _files(tmp_path / "grown" / "experts")
+    assert {name: after[name] for name in before} == before and len(after) == 6
+    go(experts_step(settings, whole, VECTOR_TABLES, shards[:6]), whole, shards[:6])
+    assert _files(tmp_path / "whole") == _files(tmp_path / "grown")
+    doubled = experts_step(settings, grown, VECTOR_TABLES, shards)
+    assert first.tables[0].fingerprint == second.tables[0].fingerprint != doubled.tables[0].fingerprint
+
+
 def test_entries_are_lines_however_an_editor_leaves_them(tmp_path: Path) -> None:
     """Guards against a first entry that nothing matches, an empty one that all do, and lines cut where only Unicode
     sees an end of line."""
