@@ -140,12 +140,6 @@ def _squeezed(picture: Picture) -> Image.Image:
     return picture.once("256 x 256", lambda: picture.rgb.resize((256, 256), Image.Resampling.BILINEAR))
 
 
-def _fitted(side: int) -> Shrink:
-    from curate.score.canvas import fit  # noqa: PLC0415  # OpenCV: on workers only
-
-    return lambda picture: picture.once(("fit", side), lambda: fit(picture.pixels, side))
-
-
 def providers(device: Device) -> tuple[str, ...]:
     """ONNX Runtime's providers for a device."""
     return ("CUDAExecutionProvider", "CPUExecutionProvider") if device.name == "cuda" else ("CPUExecutionProvider",)
@@ -161,8 +155,7 @@ class FacesSettings(WeightsSettings):
 class FacesScorer(DetectorScorer):
     """`num_faces`, `face_boxes`: relative [x0, y0, x1, y1], most certain first."""
 
-    version = 2  # shrunk by halves, then bilinear
-
+    version = 3  # SCRFD's small pictures are enlarged
     settings_type: ClassVar[type[ScorerSettings]] = FacesSettings
 
     def __init__(self, name: str, settings: FacesSettings) -> None:
@@ -195,9 +188,9 @@ class FacesScorer(DetectorScorer):
         least = self._settings.least_score
         if self._settings.detector == "scrfd":
             scrfd = faces.ScrfdFaces.from_file(file, score=least or faces.SCRFD_SCORE, **how)
-            return _fitted(scrfd.side), scrfd
+            return lambda picture: scrfd.fitted(picture.pixels), scrfd
         yunet = faces.YuNetFaces.from_file(file, score=least or faces.YUNET_SCORE, **how)
-        return _fitted(yunet.side), yunet
+        return lambda picture: yunet.fitted(picture.pixels), yunet
 
 
 class TextDensitySettings(WeightsSettings):

@@ -1,7 +1,8 @@
 """Faces: `num_faces` and `face_boxes`, by YuNet (default) or SCRFD, both run by ONNX Runtime.
 
 YuNet (Wu et al. 2023, libfacedetection.train; OpenCV's FaceDetectorYN decodes the same way) is run directly, since
-FaceDetectorYN takes only the fixed-size files. SCRFD (Guo et al. 2021, insightface) is what COYO and DataComp used.
+FaceDetectorYN takes only the fixed-size files. SCRFD (Guo et al. 2021, insightface) is what COYO and DataComp used; its
+pictures are brought to the canvas as insightface does, small ones enlarged (YuNet was seen to find false faces so).
 Boxes are relative [x0, y0, x1, y1] in [0, 1], most certain first, as in DataComp's `face_bboxes`. No landmarks, no
 identity, no blurring here.
 """
@@ -16,7 +17,7 @@ import numpy.typing as npt
 import onnxruntime as ort
 
 from curate.errors import WeightsError
-from curate.score.canvas import Float32, Uint8, blob, fit
+from curate.score.canvas import Float32, Uint8, as_rgb, blob, fit
 from curate.score.onnx_session import CPU, open_session
 
 STRIDES = (8, 16, 32)
@@ -96,13 +97,17 @@ class YuNetFaces:
         """Faces of each picture, with their scores."""
         found: list[Faces] = []
         for start in range(0, len(images), self._batch_size):
-            pictures = [fit(image, self.side) for image in images[start : start + self._batch_size]]
+            pictures = [self.fitted(image) for image in images[start : start + self._batch_size]]
             pixels = blob(pictures, self.side, fill=0, mean=0.0, scale=1.0, bgr=True)
             outputs = self._session.run(self._outputs, {self._input: pixels})
             found += [
                 self._decode([output[row] for output in outputs], picture) for row, picture in enumerate(pictures)
             ]
         return found
+
+    def fitted(self, image: Uint8) -> Uint8:
+        """The picture as it lies on the canvas; fitted once more, it stays as it is."""
+        return fit(image, self.side)
 
     def _decode(self, outputs: Sequence[Float32], picture: Uint8) -> Faces:
         """Anchor-free decoding of one picture: centre = cell + offset, size = exp(log size), all times the stride."""
@@ -154,7 +159,17 @@ class ScrfdFaces:
 
     def detect(self, images: Sequence[Uint8]) -> list[Faces]:
         """Faces of each picture, with their scores; one picture a run, as the published files are exported."""
-        return [self._detect_one(fit(image, self.side)) for image in images]
+        return [self._detect_one(self.fitted(image)) for image in images]
+
+    def fitted(self, image: Uint8) -> Uint8:
+        """The picture as it lies on the canvas, its longer side filling it; fitted once more, it stays as it is."""
+        rgb = as_rgb(image)
+        height, width = rgb.shape[:2]
+        if max(height, width) == self.side:
+            return rgb
+        ratio, side = height / width, self.side
+        size = (max(1, int(side / ratio)), side) if ratio > 1 else (side, max(1, int(side * ratio)))
+        return np.asarray(cv2.resize(rgb, size, interpolation=cv2.INTER_LINEAR), dtype=np.uint8)
 
     def _detect_one(self, picture: Uint8) -> Faces:
         """Score, then distances (left, top, right, bottom) from each cell's corner, in strides."""

@@ -23,9 +23,14 @@ def field(number: int, value: bytes | str | int) -> bytes:
     return varint(number << 3 | 2) + varint(len(data)) + data
 
 
-def node(kind: str, inputs: list[str], outputs: list[str], **numbers: int) -> bytes:
-    """NodeProto with integer attributes."""
-    attributes = (field(5, field(1, name) + field(3, value) + field(20, 2)) for name, value in numbers.items())
+def node(kind: str, inputs: list[str], outputs: list[str], **numbers: int | list[int]) -> bytes:
+    """NodeProto with attributes that are integers or lists of them."""
+    attributes = (
+        field(5, field(1, name) + b"".join(field(8, one) for one in value) + field(20, 7))
+        if isinstance(value, list)
+        else field(5, field(1, name) + field(3, value) + field(20, 2))
+        for name, value in numbers.items()
+    )
     names = [field(1, name) for name in inputs] + [field(2, name) for name in outputs]
     return b"".join(names) + field(4, kind) + b"".join(attributes)
 

@@ -6,6 +6,7 @@ from pathlib import Path
 
 import cv2
 import numpy as np
+import onnxruntime as ort
 import pytest
 
 from curate.errors import WeightsError
@@ -91,27 +92,71 @@ def test_nothing_gives_no_rows_and_junk_is_refused() -> None:
         detector([np.zeros((4, 4, 3), dtype=np.float32)])
 
 
-def write_scrfd(path: Path) -> Path:
-    """SCRFD's nine outputs with one certain face at a cell of stride 16, and its twin, whatever the picture."""
-    weights, outputs = {}, {}
+def write_scrfd(path: Path, side: int = 96) -> Path:
+    """SCRFD's nine outputs, three strides of two anchors a cell, as random convolutions of the picture."""
+    rng = np.random.default_rng(0)
+    nodes, weights, outputs = [], {}, {}
     for kind, width in (("score", 1), ("bbox", 4), ("kps", 10)):
         for stride in (8, 16, 32):
-            name = f"{kind}_{stride}"
-            weights[f"{name}_w"] = np.full((2 * (64 // stride) ** 2, width), float(kind == "bbox"), dtype=np.float32)
-            outputs[name] = list(weights[f"{name}_w"].shape)
-    first = 2 * (1 * 4 + 2)  # row 1, column 2: both anchors of the cell
-    weights["score_16_w"][first : first + 2, 0] = [0.9, 0.8]
-    nodes = [node("Identity", [f"{name}_w"], [name]) for name in outputs]
-    return write_onnx(path, nodes, {"input.1": [1, 3, 64, 64]}, outputs, weights)
+            name, cells = f"{kind}_{stride}", (side // stride) ** 2
+            weights[f"{name}_w"] = rng.normal(
+                0, (2.0 if kind == "score" else 0.4) / np.sqrt(stride), (2 * width, 3, stride, stride)
+            )
+            weights[f"{name}_b"] = np.full(2 * width, -1.0 if kind == "score" else 2.0)
+            nodes.append(node("Conv", ["input.1", f"{name}_w", f"{name}_b"], [f"{name}_c"], strides=[stride, stride]))
+            nodes.append(node("Transpose", [f"{name}_c"], [f"{name}_t"], perm=[0, 2, 3, 1]))
+            last = f"{name}_a" if kind != "kps" else f"{name}_t"
+            if kind != "kps":
+                nodes.append(node("Sigmoid" if kind == "score" else "Relu", [f"{name}_t"], [last]))
+            weights[f"{name}_s"] = np.zeros((2 * cells, width))
+            nodes += [node("Shape", [f"{name}_s"], [f"{name}_n"]), node("Reshape", [last, f"{name}_n"], [name])]
+            outputs[name] = [2 * cells, width]
+    return write_onnx(path, nodes, {"input.1": [1, 3, side, side]}, outputs, weights)
 
 
-def test_scrfd_decoding(tmp_path: Path) -> None:
-    """Distances are in strides from the cell's corner; two anchors share a cell and are one face."""
-    detector = ScrfdFaces.from_file(write_scrfd(tmp_path / "scrfd.onnx"))
-    faces = detector.detect([np.zeros((64, 64, 3), dtype=np.uint8)])[0]
-    np.testing.assert_allclose(faces.boxes, [[16 / 64, 0, 48 / 64, 32 / 64]], atol=1e-6)
-    np.testing.assert_allclose(faces.scores, [0.9], atol=1e-6)
-    assert detector([np.zeros((64, 32), dtype=np.uint8)])["face_boxes"] == [[[0.5, 0.0, 1.0, 0.5]]]
+def insightface(path: Path, picture: np.ndarray, side: int) -> tuple[np.ndarray, np.ndarray]:
+    """Boxes in the picture's pixels and scores, after insightface's scrfd.py: resize, distances, suppression."""
+    ratio = picture.shape[0] / picture.shape[1]
+    high, wide = (side, int(side / ratio)) if ratio > 1 else (int(side * ratio), side)
+    scale = high / picture.shape[0]
+    canvas = np.zeros((side, side, 3), dtype=np.uint8)
+    canvas[:high, :wide] = cv2.resize(np.ascontiguousarray(picture[:, :, ::-1]), (wide, high))
+    pixels = cv2.dnn.blobFromImage(canvas, 1 / 128, (side, side), (127.5, 127.5, 127.5), swapRB=True)
+    answers = ort.InferenceSession(str(path), providers=["CPUExecutionProvider"]).run(None, {"input.1": pixels})
+    found = []
+    for level, stride in enumerate((8, 16, 32)):
+        scores, distances = answers[level].ravel(), answers[level + 3] * stride
+        for place in np.flatnonzero(scores >= 0.5):
+            y, x = divmod(place // 2, side // stride)
+            left, top, right, bottom = distances[place]
+            box = x * stride - left, y * stride - top, x * stride + right, y * stride + bottom
+            found.append((float(scores[place]), np.array(box) / scale))
+    found.sort(key=lambda item: -item[0])
+    kept: list[tuple[float, np.ndarray]] = []
+    for score, box in found:
+        if all(overlap(box, other) <= 0.4 for _, other in kept):
+            kept.append((score, box))
+    return np.array([box for _, box in kept]).reshape(-1, 4), np.array([score for score, _ in kept])
+
+
+def overlap(a: np.ndarray, b: np.ndarray) -> float:
+    inner = np.clip(np.minimum(a[2:], b[2:]) - np.maximum(a[:2], b[:2]), 0, None).prod()
+    return float(inner / max((a[2:] - a[:2]).prod() + (b[2:] - b[:2]).prod() - inner, 1e-9))
+
+
+@pytest.mark.parametrize("shape", [(96, 96), (200, 130), (60, 87), (40, 31)])
+def test_scrfd_is_insightfaces(tmp_path: Path, shape: tuple[int, int]) -> None:
+    """Distances in strides from a cell's corner, two anchors a cell, RGB, small pictures enlarged: each shows here."""
+    path = write_scrfd(tmp_path / "scrfd.onnx")
+    picture = np.random.default_rng(1).integers(0, 256, (*shape, 3), dtype=np.uint8)
+    picture = cv2.GaussianBlur(picture, (0, 0), 3)
+    wanted, scores = insightface(path, picture, 96)
+    faces = ScrfdFaces.from_file(path).detect([picture])[0]
+    assert len(wanted) > 5
+    size = np.array([shape[1], shape[0]] * 2)
+    np.testing.assert_allclose(faces.scores, scores, atol=1e-4)
+    # int() of the shorter side: up to a pixel of the canvas
+    np.testing.assert_allclose(faces.boxes, np.clip(wanted / size, 0, 1), atol=1.5 / min(shape))
 
 
 def test_another_file_is_refused(tmp_path: Path) -> None:
