@@ -15,7 +15,7 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
-from curate.dedup.known import digest_of, identity_of
+from curate.dedup.known import digest_of, identity_of, name_identity
 from curate.dedup.near import FloatArray, IntArray, Pool
 from curate.dedup.references import kept_reference, nearest_hashes
 from curate.dedup.rules import Rule
@@ -44,6 +44,7 @@ def ask_references(pool: Pool, rule: Rule, reference_path: str, read: Sequence[s
     told = identity_of(
         "asked", rule.search, rule.threshold if rule.search == "vectors" else rule.radius, references, read
     )
+    name_identity(pool.store, told)
     return sum(map_items(partial(_ask, pool, rule, reference_path, told), todo))
 
 

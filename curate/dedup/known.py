@@ -5,11 +5,13 @@
     _near/<identity>/<run>/nearest/<part>.npz    DINOv2's form instead: `row`: rows that were compared in a partition;
                                                  `pairs`, `similarity`: each with its nearest k; the run's numbers
     _near/<identity>/<run>/pool.json             the run's shards in order and their rows; written last
+    _near/<identity>/named.json                  written anew by every run that names the identity
 
 `identity` names what is compared and how (`identity_of`), not the pool: pairs of two rows do not depend on a third. A
 row whose group has lost a member since (another rule removed it) is compared again, for the group may have fallen
 apart; so is one that has lost a neighbour, for the next one is not known. So the groups are those of a run from
-scratch, whatever the history.
+scratch, whatever the history. An identity that no run has named for a month (another threshold, cells of a pool that
+has doubled since, another version) is swept by the next run; other recipes at the same root name theirs.
 
 It holds row numbers and groups, no hashes, vectors or keys.
 """
@@ -23,13 +25,16 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
+from curate.presence import written_at
 from curate.schema import Shard, fingerprint
 from curate.stage import Map
 from curate.store import Store
 from curate.vectors import finish, get_arrays, put_arrays
 
 FOLDER = "_near"
-VERSION = 2
+VERSION = 3
+NAMED = "named.json"
+KEPT_S = 30 * 86_400.0  # by the store's clock
 
 IntArray = npt.NDArray[np.int64]
 
@@ -81,6 +86,28 @@ def identity_of(*parts: object) -> str:
     return f"{FOLDER}/{fingerprint('near', VERSION, *parts)}"
 
 
+def name_identity(store: Store, identity: str) -> None:
+    """Say that it is in use."""
+    store.put_json(f"{identity}/{NAMED}", {})
+
+
+def sweep_identities(store: Store) -> int:
+    """Remove those that were named KEPT_S before the last one was, or by none that says so; returns how many."""
+    named = {identity: _named_at(store, f"{FOLDER}/{identity}/{NAMED}") for identity in store.names(FOLDER)}
+    latest = max(named.values(), default=0.0)
+    old = [identity for identity, at in named.items() if latest - at > KEPT_S]
+    for identity in old:
+        store.remove_tree(f"{FOLDER}/{identity}")
+    return len(old)
+
+
+def _named_at(store: Store, path: str) -> float:
+    try:
+        return written_at(store.fs.info(store.full(path)))
+    except FileNotFoundError:
+        return 0.0
+
+
 def digest_of(*arrays: npt.NDArray[Any]) -> str:
     """Names arrays by their values, for `identity_of`."""
     digest = hashlib.sha256()
@@ -95,6 +122,7 @@ def known_to(store: Store, identity: str, note: str, shards: Sequence[Shard]) ->
 
     Where another run has forgotten that one since, what was found beside the note is removed, to be found anew.
     """
+    name_identity(store, identity)
     starts = dict(
         zip((shard.name for shard in shards), np.cumsum([0, *(s.rows for s in shards)]).tolist(), strict=False)
     )
@@ -105,7 +133,7 @@ def known_to(store: Store, identity: str, note: str, shards: Sequence[Shard]) ->
         told = None
     if told is None:
         best = (0, "")
-        for run in store.names(identity):
+        for run in runs_of(store, identity):
             pool = store.get_json(f"{identity}/{run}/pool.json") or {"shards": []}
             best = max(best, (sum(rows for name, rows in pool["shards"] if name in starts), run))
         told = {"run": best[1]}
@@ -140,9 +168,14 @@ def publish(store: Store, identity: str, run: str, shards: Sequence[Shard]) -> N
 
 def forget_older(store: Store, identity: str, run: str) -> None:
     """Remove what other runs kept of the same identity; not before this one can do without."""
-    for other in store.names(identity):
+    for other in runs_of(store, identity):
         if other != run:
             store.remove_tree(f"{identity}/{other}")
+
+
+def runs_of(store: Store, identity: str) -> list[str]:
+    """Runs that kept something under it."""
+    return [name for name in store.names(identity) if name != NAMED]
 
 
 def _copy(store: Store, work: str, folder: str, name: str) -> None:

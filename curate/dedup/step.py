@@ -22,7 +22,16 @@ from curate.across import ROW, decide_across
 from curate.config import DedupSettings
 from curate.dedup.asked import ask_references
 from curate.dedup.firsts import GONE, row_bytes, verdicts_of
-from curate.dedup.known import digest_of, forget_older, identity_of, keep_groups, keep_neighbours, known_to, publish
+from curate.dedup.known import (
+    digest_of,
+    forget_older,
+    identity_of,
+    keep_groups,
+    keep_neighbours,
+    known_to,
+    publish,
+    sweep_identities,
+)
 from curate.dedup.near import Pool, group_near, pool_of
 from curate.dedup.near_hashes import search_hashes
 from curate.dedup.participants import dtype_of, hashes_on, vectors_on
@@ -136,6 +145,7 @@ class DedupStep(CrossStep):
             ticker.advance(1)
         for _, identity in refreshed:
             forget_older(store, identity, self._spec.fingerprint)
+        sweep_identities(store)
         store.remove_tree(work)
         return counts
 

@@ -11,36 +11,52 @@ from typing import Any
 import numpy as np
 import pytest
 
-from curate.config import DedupSettings
+from curate.config import DedupSettings, ReferenceSettings
 from curate.dedup.near_vectors import VectorSearch
 from tests.dedup.pool import VectorPool, in_small_cells, planted
 
 VECTORS = DedupSettings(by="embedding_toy", threshold=0.9, keep="key")
 HASHES = DedupSettings(by="image_phash", radius=3, keep="key")
+NEAREST = DedupSettings(by="embedding_toy", form="dinov2", neighbours=3, keep="key")
+
+
+def _hashes() -> list[str]:
+    """200, of which a third are one or two bits from one another."""
+    draw = np.random.default_rng(1)
+    values = draw.integers(0, 1 << 63, 200, dtype=np.uint64)
+    values[::3] = values[0] ^ (np.uint64(1) << draw.integers(0, 63, len(values[::3])).astype(np.uint64))
+    return [f"{value:016x}" for value in values]
 
 
 def _pool(root: Path) -> VectorPool:
     """200 rows in four shards, with vectors and hashes of which many are near others."""
-    vectors = planted(200)
-    draw = np.random.default_rng(1)
-    values = draw.integers(0, 1 << 63, 200, dtype=np.uint64)
-    values[::3] = values[0] ^ (np.uint64(1) << draw.integers(0, 63, len(values[::3])).astype(np.uint64))
-    return VectorPool(root, vectors, 50, hashes=[f"{value:016x}" for value in values])
+    return VectorPool(root, planted(200), 50, hashes=_hashes())
+
+
+def _rules(beside: Path) -> list[DedupSettings]:
+    """Rules of every search, each with a reference set that some rows reach."""
+    np.save(beside / "eval.npy", planted(200)[10::40])
+    (beside / "eval.txt").write_text("\n".join(_hashes()[10::40]))
+    hashes = ReferenceSettings(name="val", hashes=str(beside / "eval.txt"), radius=2)
+    vectors = ReferenceSettings(name="test", embeddings=str(beside / "eval.npy"), threshold=0.8)
+    against = [{"against": [hashes]}, {"against": [vectors]}, {}]
+    return [rule.model_copy(update=more) for rule, more in zip((HASHES, VECTORS, NEAREST), against, strict=True)]
 
 
 def run_there(root: str) -> None:
     """What the killed process does."""
-    _pool(Path(root)).run(HASHES, VECTORS)
+    _pool(Path(root)).run(*_rules(Path(root).parent))
 
 
 def test_sigkill_at_any_time_leaves_the_same_groups(tmp_path: Path) -> None:
     """Guards against a file that a killed process leaves half, which a test inside one process cannot see."""
-    whole = _pool(tmp_path / "whole")
-    expected = whole.rows(whole.run(HASHES, VECTORS)[0])
+    whole, rules = _pool(tmp_path / "whole"), _rules(tmp_path)
+    expected = whole.rows(whole.run(*rules)[0])
+    assert {row["duplicate_kind"] for row in expected} > {"image_phash", "embedding_toy", "reference:val"}
     root = tmp_path / "killed"
     command = [sys.executable, "-c", f"from tests.dedup.test_processes import run_there; run_there({str(root)!r})"]
     kills = 0
-    for files in (2, 20):
+    for files in (2, 40):
         process = subprocess.Popen(command, stderr=subprocess.DEVNULL, cwd=Path(__file__).parents[2])
         while process.poll() is None and sum(1 for _ in root.glob("_work/**/*.*")) < files:
             time.sleep(0.001)
@@ -49,7 +65,7 @@ def test_sigkill_at_any_time_leaves_the_same_groups(tmp_path: Path) -> None:
         process.wait()
     assert kills == 2
     again = _pool(root)
-    step, _ = again.run(HASHES, VECTORS)
+    step, _ = again.run(*rules)
     assert again.rows(step) == expected
     assert not again.store.names("_work/duplicates")
 

@@ -1,5 +1,6 @@
 """New shards are compared with all, old pairs are not compared again, and the table is that of a run from scratch."""
 
+import os
 from pathlib import Path
 from typing import Any
 
@@ -7,7 +8,7 @@ import numpy as np
 import pytest
 
 from curate.config import DedupSettings, ReferenceSettings
-from curate.dedup import near_hashes, near_vectors
+from curate.dedup import known, near_hashes, near_vectors
 from curate.dedup.known import FOLDER
 from tests.dedup.pool import VectorPool, Vectors, in_small_cells, planted, shuffled
 
@@ -111,6 +112,28 @@ def test_only_new_rows_ask_the_references(tmp_path: Path, by: str) -> None:
 def _names(pool: VectorPool) -> list[str]:
     root = Path(pool.store.full(FOLDER))
     return sorted(str(path.relative_to(root)) for path in root.rglob("*") if path.is_file())
+
+
+def test_what_no_run_names_is_swept(tmp_path: Path) -> None:
+    """Guards against knowledge of old settings that stays for ever, and against the loss of another recipe's."""
+    vectors = planted(60)
+    np.save(tmp_path / "eval.npy", vectors[10::40])
+    set_ = ReferenceSettings(name="val", embeddings=str(tmp_path / "eval.npy"), threshold=0.8)
+    old, other, mine = (
+        VECTORS.model_copy(update={"threshold": threshold, "against": [set_]}) for threshold in (0.7, 0.8, 0.9)
+    )
+    pool = VectorPool(tmp_path / "pool", vectors, 30)
+    folders = []
+    for rule in (old, other):
+        pool.run(rule)
+        folders.append(set(pool.store.names(FOLDER)))
+    root = Path(pool.store.full(FOLDER))
+    for name in folders[0]:
+        when = (root / name / "named.json").stat().st_mtime - known.KEPT_S - 60
+        os.utime(root / name / "named.json", (when, when))
+    pool.run(mine)  # names what all three ask of the references, again
+    gone = folders[1] - set(pool.store.names(FOLDER))
+    assert len(gone) == 1 and gone < folders[0] and len(folders[0]) == 3
 
 
 @pytest.mark.parametrize("rule", [VECTORS, NEAREST, HASHES], ids=["vectors", "nearest", "hashes"])
