@@ -99,15 +99,14 @@ def write_scrfd(path: Path, side: int = 96) -> Path:
     for kind, width in (("score", 1), ("bbox", 4), ("kps", 10)):
         for stride in (8, 16, 32):
             name, cells = f"{kind}_{stride}", (side // stride) ** 2
-            weights[f"{name}_w"] = rng.normal(
-                0, (2.0 if kind == "score" else 0.4) / np.sqrt(stride), (2 * width, 3, stride, stride)
-            )
+            drawn = rng.normal(0, (4.0 if kind == "score" else 0.8) / np.sqrt(stride), (2 * width, 3, stride, stride))
+            weights[f"{name}_w"] = drawn - drawn.mean(axis=(1, 2, 3), keepdims=True)  # the free part says nothing
             weights[f"{name}_b"] = np.full(2 * width, -1.0 if kind == "score" else 2.0)
             nodes.append(node("Conv", ["input.1", f"{name}_w", f"{name}_b"], [f"{name}_c"], strides=[stride, stride]))
             nodes.append(node("Transpose", [f"{name}_c"], [f"{name}_t"], perm=[0, 2, 3, 1]))
             last = f"{name}_a" if kind != "kps" else f"{name}_t"
             if kind != "kps":
-                nodes.append(node("Sigmoid" if kind == "score" else "Relu", [f"{name}_t"], [last]))
+                nodes.append(node("Sigmoid" if kind == "score" else "Softplus", [f"{name}_t"], [last]))
             weights[f"{name}_s"] = np.zeros((2 * cells, width))
             nodes += [node("Shape", [f"{name}_s"], [f"{name}_n"]), node("Reshape", [last, f"{name}_n"], [name])]
             outputs[name] = [2 * cells, width]
