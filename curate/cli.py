@@ -16,6 +16,7 @@ from rich.table import Table
 from curate.catalog import find_sample, locate_sample, open_catalog, views_of
 from curate.cli_pipeline import find_pipeline
 from curate.cli_release import export, latest, remove, verify
+from curate.cli_sets import entries, pack
 from curate.config import Recipe, load_recipe, parse_recipe
 from curate.engine.job import PLAN, Job, unpack_spec
 from curate.errors import ConfigError, CurateError, PlanError, StoreError, WeightsError
@@ -223,7 +224,7 @@ def report(
     out.print(f"wrote {out_file}", markup=False)
 
 
-for word in (verify, remove, export):
+for word in (verify, remove, export, pack, entries):
     app.command()(guarded(word))
 
 

@@ -29,7 +29,8 @@ class Settings(BaseModel):
 
 
 class IngestSettings(Settings):
-    """Which rows exist. `sources` are tables of URLs; `adopt` are WebDataset folders that are indexed in place."""
+    """Which rows exist. `sources` are tables of URLs. `adopt` are WebDataset folders: alone, indexed in place; beside
+    `sources`, copied as they are."""
 
     sources: list[Place] = []
     adopt: list[Place] = []
@@ -40,8 +41,8 @@ class IngestSettings(Settings):
 
     @model_validator(mode="after")
     def _one_kind(self) -> "IngestSettings":
-        if bool(self.sources) == bool(self.adopt):
-            raise ValueError("write either `sources` (tables of URLs) or `adopt` (existing WebDataset pools)")
+        if not self.sources and not self.adopt:
+            raise ValueError("write `sources` (tables of URLs), `adopt` (existing WebDataset pools), or both")
         return self
 
 
@@ -98,11 +99,12 @@ class FetchSettings(Settings):
 
 
 class ReferenceSettings(Settings):
-    """Images that the pool must not hold, such as evaluation sets; a file of hashes or of embeddings."""
+    """Images that the pool must not hold, such as evaluation sets: a file of hashes or of embeddings, or the images."""
 
     name: SubsetName
     hashes: Place | None = None  # .txt (16 hex digits, then an id if there is one) or .parquet
     embeddings: Place | None = None  # .npy [N, d], .npz with ids, or .parquet
+    images: Place | None = None  # a folder, …*.tar, or datasets:NAME@COMMIT[:SPLIT]: measured by the rule's own scorer
     radius: Annotated[int, Field(ge=0, le=10)] = 0  # bits, for hashes
     threshold: Annotated[float, Field(gt=-1, le=1)] | None = None  # cosine, exclusive, for embeddings
     match: Literal["component", "direct"] = "component"  # mark all that are connected with a hit, or the hits alone
@@ -167,7 +169,10 @@ class SeedSet(Settings):
         if sum(map(bool, (self.embeddings, self.images, self.where))) != 1:
             raise ValueError("write one of `embeddings` (a file of vectors), `images`, `where` (rows of the pool)")
         if self.how == "as_is" and not self.where:
-            raise ValueError("as_is takes rows of the pool: ingest the set with the pool and name it by `where`")
+            raise ValueError(
+                "as_is takes rows of the pool: `curate pack` the set, name its folder in ingest.adopt, and the set by "
+                "`where: dataset = …`"
+            )
         return self
 
 

@@ -10,7 +10,7 @@ from curate.dedup.step import dedup_step
 from curate.emit.step import emit_step
 from curate.engine.job import Job
 from curate.fetch.stage import fetch_stage
-from curate.ingest.adopt import adopt_stage
+from curate.ingest.adopt import adopt_stage, joined_stage
 from curate.ingest.features import adopt_features_stage
 from curate.ingest.step import ingest_step
 from curate.report.sets import print_sets
@@ -32,17 +32,19 @@ def scored_pool(job: Job, before_fetch: BeforeFetch | None = None) -> list[Table
     recipe, store = job.recipe, job.store
 
     # Which samples exist: a row per (url, text), of all sources and earlier runs, once.
-    samples = job.ingest(ingest_step(recipe.ingest, store))
+    ingest = ingest_step(recipe.ingest, store)
+    samples = job.ingest(ingest)
 
     # What texts say by themselves comes first, so that a recipe may fetch by it.
     texts = text_stages(recipe.score, samples)
     if before_fetch is not None:
         texts += before_fetch([samples, *tables_of(texts)])
 
-    # Their images, by URL or where an existing pool keeps them, and all scores from one decode. Features that a pool
-    # brought along (DataComp's .npz) become embeddings without a model.
-    adopted = bool(recipe.ingest.adopt)
-    images = adopt_stage(samples) if adopted else fetch_stage(recipe.fetch, samples, tables_of(texts))
+    # Their images, by URL or where an existing pool keeps them (one that joins a crawl is copied), and all scores from
+    # one decode. Features that a pool brought along (DataComp's .npz) become embeddings without a model.
+    images: Stage = adopt_stage(samples)
+    if recipe.ingest.sources:
+        images = joined_stage(fetch_stage(recipe.fetch, samples, tables_of(texts)), samples, ingest.tars)
     features = [adopt_features_stage(recipe.ingest, store, samples)] if recipe.ingest.features else []
     scores = image_stages(recipe.score, samples, images.tables[0])
     job.stream(*texts, images, *features, *scores)

@@ -25,7 +25,7 @@ def test_sections_may_be_left_out_or_empty() -> None:
         ({"subsets": {"a-b": {"where": "true"}}}, "subsets"),
         ({"subsets": {"a": {"keep_top": {"by": "x", "fraction": 1.5}}}}, "subsets.a.keep_top.fraction"),
         ({"ingest": {}}, "sources"),
-        ({"ingest": {"sources": ["a"], "adopt": ["b"]}}, "either"),
+        ({"ingest": {"where": "width > 1"}}, "or both"),
         ({"root": None}, "root"),
         ({"root": ""}, "root"),
         ({"root": "a\0b"}, "root"),

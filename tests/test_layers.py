@@ -8,13 +8,13 @@ from pathlib import Path
 ROOT = Path(__file__).resolve().parent.parent
 DOMAINS = ("ingest", "fetch", "score", "dedup", "retrieve", "balance", "select", "emit", "report", "demo")
 FLOORS = {
-    "curate.errors": 0, "curate.schema": 0, "curate.tar": 0,
+    "curate.errors": 0, "curate.schema": 0, "curate.tar": 0, "curate.image_sets": 1,
     "curate.config": 1, "curate.store": 1, "curate.metrics": 1, "curate.rows": 1, "curate.catalog": 1,
     "curate.removed": 1, "curate.scratch": 1, "curate.presence": 1, "curate.overrides": 1,
     "curate.retry": 2, "curate.across": 2, "curate.vectors": 2, "curate.stage": 2, "curate.engine": 2,
     **{f"curate.{domain}": 3 for domain in DOMAINS}, "curate.torch": 3,
     "pipelines": 4, "configs": 4,
-    "curate.cli": 5, "curate.cli_release": 5, "curate.cli_pipeline": 5,
+    "curate.cli": 5, "curate.cli_release": 5, "curate.cli_sets": 5, "curate.cli_pipeline": 5,
 }  # fmt: skip
 
 

@@ -1,13 +1,15 @@
 """The `images` table of an adopted pool: where each image lies in tars that someone else wrote.
 
 Reads the tars' headers, and an image's bytes only where the pool does not say its sha256 or its size; decodes nothing
-and copies nothing. Failures of the pool stay rows: img2dataset's statuses become ours, its words stay in `error`.
+and copies nothing, but where a set joins a crawl. Failures of the pool stay rows: img2dataset's statuses become ours,
+its words stay in `error`.
 """
 
 import hashlib
 import io
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import ExitStack
+from itertools import chain
 from typing import Any, BinaryIO
 
 import pyarrow as pa
@@ -16,7 +18,7 @@ from PIL import Image
 from curate.errors import PlanError
 from curate.ingest.pools import Group, index
 from curate.ingest.sources import open_plain
-from curate.schema import IMAGES_SCHEMA, KEY, OK, TableSpec, inputs_of
+from curate.schema import IMAGE, IMAGE_FIELDS, IMAGES_SCHEMA, KEY, OK, TableSpec, inputs_of
 from curate.stage import Read, Resources, Stage, Task
 from curate.store import Store
 
@@ -25,6 +27,7 @@ FACTS = ("status", "error_message", "width", "height", "original_width", "origin
 SIZES = FACTS[2:6]
 SUFFIX_NAMES = {"jpeg": "jpg"}  # as our own shards call them
 IMAGES = pa.schema([field for field in IMAGES_SCHEMA if field.name != KEY.name])
+COPIED = pa.schema([*IMAGE_FIELDS, pa.field(IMAGE, pa.large_binary())])
 
 # What stands in img2dataset's error_message -> our status; the first that fits. urllib's and OpenCV's words.
 MESSAGES = (
@@ -103,6 +106,67 @@ class AdoptStage(Stage):
                 yield {"images": pa.RecordBatch.from_pylist(rows, schema=IMAGES)}
 
 
+class JoinedStage(Stage):
+    """The `images` of a crawl with sets that are taken as they are: by `fetch`, but for shards that are a tar of
+    `ingest.adopt`, whose images are copied into the pool's own tars byte for byte. No other tar is read, whatever a
+    table of the crawl says."""
+
+    def __init__(self, fetch: Stage, samples: TableSpec, tars: Sequence[str]) -> None:
+        super().__init__()
+        self._fetch, self._samples, self._tars = fetch, samples, frozenset(tars)
+        self.name, self.tables, self.resources, self.batch_rows = (
+            fetch.name,
+            fetch.tables,
+            fetch.resources,
+            fetch.batch_rows,
+        )
+        self.counters = fetch.counters
+        self._facts = tuple(name for name in FACTS if name in samples.columns)
+
+    def check(self, store: Store) -> None:
+        """As the fetch."""
+        self._fetch.check(store)
+
+    def reads(self, missing: frozenset[str]) -> Sequence[Read]:
+        """What the fetch reads, and the places of adopted images."""
+        own, *others = self._fetch.reads(missing)
+        columns = dict.fromkeys((*own.columns, "pool_tar", "pool_key", *self._facts))
+        return [Read(own.table, tuple(columns)), *others]
+
+    def setup(self) -> None:
+        """As the fetch."""
+        self._fetch.setup()
+
+    def teardown(self) -> None:
+        """As the fetch."""
+        self._fetch.teardown()
+
+    def process(self, task: Task, batches: Iterator[pa.RecordBatch]) -> Iterator[Mapping[str, pa.RecordBatch]]:
+        """See Stage.process. A shard comes of one source."""
+        first = next(batches, None)
+        if first is None:
+            return
+        whole = chain([first], batches)
+        adopted = first.num_rows and first.column("pool_tar")[0].as_py() in self._tars
+        yield from self._copied(whole) if adopted else self._fetch.process(task, whole)
+
+    def _copied(self, batches: Iterator[pa.RecordBatch]) -> Iterator[Mapping[str, pa.RecordBatch]]:
+        with ExitStack() as stack:
+            tars: dict[str, _Tar] = {}
+            for batch in batches:
+                rows = []
+                for row in batch.to_pylist():
+                    if row["pool_tar"] not in tars:
+                        tars[row["pool_tar"]] = _Tar(row["pool_tar"], stack)
+                    rows.append(tars[row["pool_tar"]].taken(row))
+                yield {"images": pa.RecordBatch.from_pylist(rows, schema=COPIED)}
+
+
+def joined_stage(fetch: Stage, samples: TableSpec, tars: Sequence[str]) -> Stage:
+    """`fetch` itself where no set joins the crawl. `tars`: what `ingest.adopt` lists."""
+    return JoinedStage(fetch, samples, tars) if "pool_tar" in samples.columns and tars else fetch
+
+
 class _Tar:
     """A pool's tar, indexed once."""
 
@@ -133,8 +197,18 @@ class _Tar:
             try:
                 self._look(facts, offset, length)
             except (OSError, ValueError, SyntaxError, Image.DecompressionBombError) as error:
-                return {**facts, "status": "not_image", "error": f"{type(error).__name__}: {error}"[:500]}
+                told = f"{type(error).__name__}: {error}".partition(" <")[0]  # without an address in memory
+                return {**facts, "status": "not_image", "error": told[:500]}
         return {**facts, **place, "status": OK, "error": None}
+
+    def taken(self, row: Mapping[str, Any]) -> dict[str, Any]:
+        """The row with the image's bytes instead of their place."""
+        found = self.find(row)
+        if found["status"] != OK:
+            return {**found, IMAGE: None}
+        assert self._stream is not None
+        self._stream.seek(found["offset"])
+        return {**found, IMAGE: self._stream.read(found["length"])}
 
     def _look(self, facts: dict[str, Any], offset: int, length: int) -> None:
         """Fill in what the pool does not say: the size from the image's header, the hash of the stored bytes."""

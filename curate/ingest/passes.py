@@ -51,7 +51,7 @@ class Batch:
     merging: bool  # whether this batch's key files take in the earlier ones
     sources: int
     where: str | None
-    rows_per_shard: int | None  # None: one shard a source
+    rows_per_shard: int  # of tables; a tar of a pool is one shard
 
     def spill_path(self, source: int) -> str:
         """Of pass 1."""
@@ -141,7 +141,7 @@ def _shards(batch: Batch, place: int, source: Source, counts: Counter[str]) -> I
     for piece in _unique_rows(batch, place, source, counts):
         held.append(piece)
         rows += piece.num_rows
-        while batch.rows_per_shard is not None and rows >= batch.rows_per_shard:
+        while source.file.kind != "pool" and rows >= batch.rows_per_shard:
             table = pa.Table.from_batches(held)
             yield table.slice(0, batch.rows_per_shard).combine_chunks()
             held = table.slice(batch.rows_per_shard).to_batches()

@@ -43,9 +43,9 @@ def ingest_step(settings: IngestSettings, store: Store) -> "IngestStep":
     Raises SourceError and PlanError.
     """
     identity: dict[str, Any] = {"columns": settings.columns, "where": settings.where}
-    identity |= {"adopt": True} if settings.adopt else {"rows_per_shard": settings.rows_per_shard}
+    identity |= {"rows_per_shard": settings.rows_per_shard} if settings.sources else {"adopt": True}
     named = TableSpec("samples", VERSION, pa.schema(SAMPLE_FIELDS), identity, open_schema=True)
-    files = pools.find_pools(settings.adopt) if settings.adopt else find_tables(settings.sources)
+    files = [*find_tables(settings.sources), *pools.find_pools(settings.adopt)]
     pool = _Pool(store, named)
     plan = pool.plan()
     fixed = pool.schema() if plan is None else _unpack(plan["schema"])
@@ -67,6 +67,7 @@ class IngestStep(CrossStep):
     def __init__(self, settings: IngestSettings, samples: TableSpec, files: Sequence[File]) -> None:
         self.tables = (samples,)
         self._settings, self._samples, self._files = settings, samples, files
+        self.tars = tuple(file.path for file in files if file.kind == "pool")
 
     def done(self, store: Store, shards: Sequence[Shard]) -> bool:
         """Whether every source is in the pool as it is now, and nothing is left to clear."""
@@ -116,11 +117,10 @@ class IngestStep(CrossStep):
         files = [_file(plain) for plain in plan["sources"]]
         with ThreadPoolExecutor(LOOKERS) as threads:
             sources = list(threads.map(lambda file: look(file, self._settings.columns), files))
-        per_shard = None if self._settings.adopt else self._settings.rows_per_shard
         earlier = tuple((number, partitions) for number, partitions in plan["earlier"])
         batch = passes.Batch(
             pool.store, self._samples, plan["number"], pool.work(plan), plan["partitions"], earlier, plan["merging"],
-            len(sources), self._settings.where, per_shard,
+            len(sources), self._settings.where, self._settings.rows_per_shard,
         )  # fmt: skip
         each = [(batch, place, source) for place, source in enumerate(sources)]
         _go(map_items, passes.spill, each, ticker, "sources hashed")

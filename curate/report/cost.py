@@ -49,7 +49,7 @@ def estimate(recipe: Recipe, rows: float, rates: Rates) -> list[Line]:
     cpu, stored = rates["cpu_ms"], rates["bytes"]
     hours = rows / MS_PER_HOUR
     lines = [Line("ingest", f"{rows:,.0f} rows", hours * cpu["ingest"], None, rows * stored["samples"])]
-    if recipe.ingest.adopt:
+    if not recipe.ingest.sources:
         lines.append(Line("adopt", "pictures stay where they are", UNKNOWN, None, rows * stored["images"]))
     else:
         size = _nearest(stored["pictures"], recipe.fetch.image_size)

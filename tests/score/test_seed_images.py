@@ -11,10 +11,10 @@ import datasets
 import numpy as np
 import pytest
 
+from curate import image_sets
 from curate.demo.paths import weights_dir
 from curate.errors import PlanError
 from curate.metrics import progress
-from curate.score import seed_images
 from curate.score.chunk import Chunk
 from curate.score.columns import vectors_of
 from curate.score.registry import build
@@ -82,7 +82,7 @@ def test_every_kind_of_set_has_the_scorers_vectors(
 ) -> None:
     """Guards against seeds in another space than the pool's, images that get lost between pieces, and a bad one that
     ends the set."""
-    monkeypatch.setattr(seed_images, "IMAGES_PER_ITEM", 4)
+    monkeypatch.setattr(image_sets, "IMAGES_PER_PIECE", 4)
     store = Store(str(tmp_path / "root"))
     step = seed_images_step(sets, SECTION, "clip_image", store)
     assert not step.done(store, [])
@@ -118,7 +118,7 @@ def test_what_is_embedded_once_is_named_by_images_and_scorer(tmp_path: Path, set
 
 def test_a_killed_run_embeds_the_rest(tmp_path: Path, sets: dict[str, str], monkeypatch: pytest.MonkeyPatch) -> None:
     """Guards against a million seeds embedded again because the machine of the last thousand was taken away."""
-    monkeypatch.setattr(seed_images, "IMAGES_PER_ITEM", 4)
+    monkeypatch.setattr(image_sets, "IMAGES_PER_PIECE", 4)
     embedded, run_batch = Counter[str](), Runner.run
 
     def counting(runner: Runner, chunk: Chunk, prepared: Any) -> Any:
