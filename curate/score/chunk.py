@@ -14,7 +14,8 @@ import pyarrow as pa
 from curate.schema import OK
 from curate.score.columns import vectors_of
 
-PIXELS = 64_000_000  # 192 MB of RGB; two chunks are in flight
+CPU_PIXELS = 64_000_000  # 192 MB of RGB; two chunks are in flight
+GPU_PIXELS = 4 * CPU_PIXELS  # 1,000 pictures of 512 pixels
 UNKNOWN_PIXELS = 1_000_000  # where an adopted pool does not say
 
 
@@ -30,7 +31,7 @@ class Chunk:
     pixels: int = 0
 
 
-def chunks(batches: Iterator[pa.RecordBatch], size: int, sources: Sequence[str]) -> Iterator[Chunk]:
+def chunks(batches: Iterator[pa.RecordBatch], size: int, most: int, sources: Sequence[str]) -> Iterator[Chunk]:
     """Cut batches with `status`, `width`, `height` and, where asked for, `image`, `text` and `<source>_image`."""
     chunk = Chunk()
     for batch in batches:
@@ -47,7 +48,7 @@ def chunks(batches: Iterator[pa.RecordBatch], size: int, sources: Sequence[str])
                 width, height = plain["width"][row], plain["height"][row]
                 chunk.pixels += width * height if width and height else UNKNOWN_PIXELS
             chunk.rows += 1
-            if len(chunk.at) >= size or chunk.pixels >= PIXELS:
+            if len(chunk.at) >= size or chunk.pixels >= most:
                 yield chunk
                 chunk = Chunk()
     if chunk.rows:

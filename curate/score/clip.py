@@ -18,7 +18,7 @@ from pydantic import Field
 
 from curate.score.clip_source import ClipSource
 from curate.score.decode import Picture
-from curate.score.scorer import Device, ImageScorer, ModelSettings, Values
+from curate.score.scorer import GPU_QUEUE, Device, ImageScorer, ModelSettings, Values
 
 if TYPE_CHECKING:
     from curate.score.clip_model import ClipModel
@@ -62,6 +62,7 @@ class ClipScorer(ImageScorer[Pair]):
         self._column = settings.column or f"clip_similarity_{self._short}"
         self._model: ClipModel | None = None
         self._texts: dict[str, npt.NDArray[np.float32]] = {}
+        self._rows = CPU_BATCH
 
     @property
     def fields(self) -> tuple[pa.Field, ...]:
@@ -94,7 +95,8 @@ class ClipScorer(ImageScorer[Pair]):
         from curate.score.clip_model import open_model  # noqa: PLC0415  # torch: on workers only
 
         self._model = open_model(self.source, device, self.settings.precision)
-        self.batch_size = self.settings.batch_size or (GPU_BATCH if device.name == "cuda" else CPU_BATCH)
+        self._rows = self.settings.batch_size or (GPU_BATCH if device.name == "cuda" else CPU_BATCH)
+        self.batch_size = self._rows * (GPU_QUEUE if device.name == "cuda" else 1)
 
     def begin(self) -> None:
         """Forget the last shard's texts."""
@@ -123,7 +125,7 @@ class ClipScorer(ImageScorer[Pair]):
 
     def score(self, prepared: Sequence[Pair]) -> Mapping[str, Values]:
         """Cosines, probabilities, unit vectors; null where there is no text."""
-        images = self.model.embed_images([pair.pixels for pair in prepared], self.settings.preprocess)
+        images = self.model.embed_images([pair.pixels for pair in prepared], self.settings.preprocess, self._rows)
         new = {p.text: p.tokens for p in prepared if p.text is not None and p.text not in self._texts}
         if new:
             tokens = [self.model.tokens(text) if found is None else found for text, found in new.items()]

@@ -16,7 +16,7 @@ from torch.nn import functional
 from torchvision import transforms
 
 from curate.score.clip_source import ClipSource
-from curate.score.pixels import Mode, Pixels, moved
+from curate.score.pixels import Mode, Pixels, in_parts, moved
 from curate.score.scorer import Device
 
 DTYPES = {"fp16": torch.float16, "bf16": torch.bfloat16}
@@ -47,27 +47,33 @@ class ClipModel:
         with self._tokenizing:
             return cast(npt.NDArray[np.int64], self._tokenizer([text])[0].numpy())
 
-    def embed_images(self, pictures: Sequence[Uint8], mode: Mode) -> Float32:
-        """Unit vectors float32 [N, d] of pictures as `Pixels.batch` takes them."""
-        with torch.inference_mode():
-            batch = self.pixels.batch(pictures, mode)
+    def embed_images(self, pictures: Sequence[Uint8], mode: Mode, size: int | None = None) -> Float32:
+        """Unit vectors float32 [N, d] of pictures as `Pixels.batch` takes them; `size` at a time."""
+
+        def embed(part: Sequence[Uint8]) -> torch.Tensor:
+            batch = self.pixels.batch(part, mode)
             with self._autocast():
                 features = self._model.encode_image(batch)
-            return _unit(features)
+            return functional.normalize(features.float(), dim=-1)
+
+        with torch.inference_mode():
+            return in_parts(pictures, size or len(pictures), embed)
 
     def embed_texts(self, tokens: npt.NDArray[np.int64]) -> Float32:
         """Unit vectors float32 [N, d] of int64 [N, context]."""
         lengths = self._lengths(tokens)
         order = np.argsort(lengths, kind="stable")
-        parts = []
+        alike = np.split(order, np.flatnonzero(np.diff(lengths[order])) + 1)  # of one length
+        batches = [rows[start : start + TEXT_BATCH] for rows in alike for start in range(0, len(rows), TEXT_BATCH)]
+
+        def embed(batch: Sequence[npt.NDArray[np.int64]]) -> torch.Tensor:
+            rows = tokens[batch[0], : lengths[batch[0][0]]]
+            with self._autocast():
+                features = self._text_features(moved(torch.from_numpy(rows), self._device))
+            return functional.normalize(features.float(), dim=-1)
+
         with torch.inference_mode():
-            for same in np.split(order, np.flatnonzero(np.diff(lengths[order])) + 1):
-                for start in range(0, len(same), TEXT_BATCH):
-                    rows = tokens[same[start : start + TEXT_BATCH], : lengths[same[0]]]
-                    with self._autocast():
-                        parts.append(_unit(self._text_features(moved(torch.from_numpy(rows), self._device))))
-        vectors = np.concatenate(parts)
-        return vectors[np.argsort(order)]
+            return in_parts(batches, 1, embed)[np.argsort(order)]
 
     def _lengths(self, tokens: npt.NDArray[np.int64]) -> npt.NDArray[np.int64]:
         """How many tokens of each text the tower must see, in steps.
@@ -110,11 +116,6 @@ class ClipModel:
     def _autocast(self) -> torch.autocast:
         on = self._dtype is not None
         return torch.autocast(self._device.type, dtype=self._dtype, enabled=on)
-
-
-def _unit(features: torch.Tensor) -> Float32:
-    """Rows of length 1 as float32 on the CPU; `clone` because an inference tensor's memory is reused by no one else."""
-    return cast(Float32, functional.normalize(features.float(), dim=-1).cpu().numpy())
 
 
 @lru_cache(maxsize=8)

@@ -26,6 +26,8 @@ GANTMAN_LABELS = ("drawings", "hentai", "neutral", "porn", "sexy")  # the model'
 Shrink = Callable[[Picture], Any]
 Detect = Callable[[Sequence[Any]], Mapping[str, Values]]
 ROWS = 16  # pictures of one call; the detectors make smaller batches of their own
+GPU_ROWS = 256
+GPU_BATCH = 64  # pictures of one forward of a convolutional network
 
 
 class DetectorScorer(ImageScorer[Any]):
@@ -45,6 +47,7 @@ class DetectorScorer(ImageScorer[Any]):
     def load(self, device: Device) -> None:
         """Open the detector."""
         self._shrink, self._detect = self.open(device)
+        self.batch_size = GPU_ROWS if device.name == "cuda" else ROWS
         if self.how is not None and self.how.batch_size is not None:
             self.batch_size = self.how.batch_size
 
@@ -103,7 +106,7 @@ class WatermarkScorer(OneFileScorer):
         from curate.score.watermark import WatermarkDetector, stretch  # noqa: PLC0415  # torch: on workers only
 
         return lambda picture: stretch(_squeezed(picture)), WatermarkDetector.from_file(
-            self.weights.path(), device=device.name
+            self.weights.path(), device=device.name, batch_size=GPU_BATCH if device.name == "cuda" else ROWS
         ).score
 
 
@@ -117,7 +120,9 @@ class OpenNsfwScorer(OneFileScorer):
         """Yahoo's network on opennsfw2's crop."""
         from curate.score.opennsfw2 import OpenNsfw, crop  # noqa: PLC0415  # torch: on workers only
 
-        return lambda picture: crop(_squeezed(picture)), OpenNsfw.from_h5(self.weights.path(), device=device.name).score
+        return lambda picture: crop(_squeezed(picture)), OpenNsfw.from_h5(
+            self.weights.path(), device=device.name, batch_size=GPU_BATCH if device.name == "cuda" else ROWS
+        ).score
 
 
 class GantmanScorer(OneFileScorer):

@@ -11,6 +11,7 @@ project's machines: they were not at hand; what is tested is the mapping, the pa
 import io
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
+from typing import cast
 
 import numpy as np
 import numpy.typing as npt
@@ -21,7 +22,7 @@ from torch.nn import functional
 
 from curate.errors import WeightsError
 from curate.score.canvas import Float32, Uint8, as_rgb
-from curate.score.pixels import mixed, moved
+from curate.score.pixels import in_parts, mixed, moved
 
 BGR_MEAN = (104.0, 117.0, 123.0)
 RESIZED, CROPPED = 256, 224
@@ -150,13 +151,14 @@ class OpenNsfw:
 
     def score(self, crops: Sequence[Uint8]) -> dict[str, npt.NDArray[np.float32]]:
         """The column of crops that `crop` made; a score that is not finite is NaN, no value."""
-        scores = [np.zeros(0, dtype=np.float32)]
-        for start in range(0, len(crops), self._batch_size):
-            pixels = torch.from_numpy(np.stack(crops[start : start + self._batch_size]))
-            batch = moved(pixels, torch.device(self._device))
-            with torch.inference_mode(), mixed(self._device):
-                scores.append(self._net(normalise(batch))[:, 1].float().cpu().numpy())
-        return {"nsfw_score_opennsfw2": np.concatenate(scores)}
+        if not crops:
+            return {"nsfw_score_opennsfw2": np.zeros(0, dtype=np.float32)}
+        return {"nsfw_score_opennsfw2": in_parts(crops, self._batch_size, self._forward)}
+
+    def _forward(self, part: Sequence[Uint8]) -> Tensor:
+        batch = moved(torch.from_numpy(np.stack(part)), torch.device(self._device))
+        with torch.inference_mode(), mixed(self._device):
+            return cast(Tensor, self._net(normalise(batch)))[:, 1]
 
 
 def _parameters(

@@ -5,8 +5,8 @@ in one go, so that pixels cross the bus as bytes. `fast` moves the decoded pictu
 Refuses transforms with other steps.
 """
 
-from collections.abc import Sequence
-from typing import Literal
+from collections.abc import Callable, Sequence
+from typing import Literal, TypeVar
 
 import numpy as np
 import numpy.typing as npt
@@ -19,6 +19,7 @@ from curate.errors import PlanError
 
 Uint8 = npt.NDArray[np.uint8]
 Mode = Literal["exact", "fast"]
+Row = TypeVar("Row")
 
 
 class Pixels:
@@ -67,6 +68,16 @@ class Pixels:
 def moved(batch: torch.Tensor, device: torch.device) -> torch.Tensor:
     """The tensor on the device, through pinned memory, so that the copy runs beside the host's work."""
     return batch if device.type == "cpu" else batch.pin_memory().to(device, non_blocking=True)
+
+
+def in_parts(rows: Sequence[Row], size: int, call: Callable[[Sequence[Row]], torch.Tensor]) -> npt.NDArray[np.float32]:
+    """`call` on `size` rows at a time, as float32 on the host.
+
+    Nothing waits for the device before its last part is queued, so that the host puts the next part together, and
+    moves it, while the device works on this one.
+    """
+    parts = [call(rows[start : start + size]).float() for start in range(0, len(rows), size)]
+    return np.asarray(torch.cat(parts).cpu().numpy(), dtype=np.float32)
 
 
 def mixed(device: str) -> torch.autocast:

@@ -17,6 +17,7 @@ from curate.score.heads import AestheticV1Scorer, AestheticV2Scorer, LaionNsfwSc
 from curate.score.phash import PhashScorer
 from curate.score.scorer import FeatureScorer, Scorer
 from curate.score.text_classifier import TextClassifierScorer
+from curate.score.text_embed import TextEmbedScorer
 from curate.score.text_mask import TextMaskedScorer
 from curate.score.text_stats import TextStatsScorer
 from curate.score.vision import (
@@ -39,6 +40,7 @@ SCORERS: dict[str, type[Scorer]] = {
     "text_facts": TextFactsScorer,
     "synset_words": SynsetWordsScorer,
     "hf_text_classifier": TextClassifierScorer,
+    "hf_text_embed": TextEmbedScorer,
     "image_facts": ImageFactsScorer,
     "clip_text_masked": TextMaskedScorer,
     "laion_aesthetic_v2": AestheticV2Scorer,

@@ -6,6 +6,7 @@ reason; a scorer that fails on every row of a chunk is broken, and its error is 
 
 from collections import Counter
 from collections.abc import Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
 import numpy as np
@@ -48,35 +49,68 @@ def prepare(scorers: Sequence[ImageScorer[Any]], data: bytes | None, text: str |
 
 
 class Runner:
-    """Runs loaded scorers over chunks and counts. `columns` of a result have `chunk.rows` rows, in Arrow's types."""
+    """Runs loaded scorers over chunks and counts. `columns` of a result have `chunk.rows` rows, in Arrow's types.
+
+    `abreast`: scorers work side by side, each in a thread of its own, so that one uses the GPU while another looks for
+    contours or waits. Each sees the same batches in the same order either way.
+    """
 
     def __init__(
-        self, images: Sequence[ImageScorer[Any]], heads: Sequence[FeatureScorer], counts: Counter[str]
+        self,
+        images: Sequence[ImageScorer[Any]],
+        heads: Sequence[FeatureScorer],
+        counts: Counter[str],
+        *,
+        abreast: bool = False,
     ) -> None:
         self._images, self._heads, self._counts = images, heads, counts
+        self._abreast = abreast
         self._batches = {scorer.name: Batches(scorer.batch_size) for scorer in images}
 
     def run(self, chunk: Chunk, prepared: Sequence[Sequence[Any]]) -> dict[str, pa.Array]:
         """Columns of all scorers by name. `prepared[i]` is what `prepare` gave for the i-th image of the chunk."""
         columns: dict[str, pa.Array] = {}
-        for number, scorer in enumerate(self._images):
-            columns |= self._image(scorer, chunk, [values[number] for values in prepared])
+        work = [(scorer, [values[number] for values in prepared]) for number, scorer in enumerate(self._images)]
+        for group in (
+            [(scorer, values) for scorer, values in work if not scorer.follows],
+            [(scorer, values) for scorer, values in work if scorer.follows],
+        ):
+            for found, counts in self._side_by_side(group, chunk):
+                columns |= found
+                self._counts += counts
         for head in self._heads:
-            columns |= self._head(head, chunk, columns)
+            columns |= self._head(head, chunk, columns, self._counts)
         return columns
 
-    def _image(self, scorer: ImageScorer[Any], chunk: Chunk, prepared: Sequence[Any]) -> dict[str, pa.Array]:
+    def _side_by_side(
+        self, work: Sequence[tuple[ImageScorer[Any], list[Any]]], chunk: Chunk
+    ) -> list[tuple[dict[str, pa.Array], Counter[str]]]:
+        """Columns and counts of each scorer, in their order."""
+        if not self._abreast or len(work) < 2:
+            return [self._image(scorer, chunk, values) for scorer, values in work]
+        with ThreadPoolExecutor(len(work), "curate-score") as pool:
+            return [
+                job.result() for job in [pool.submit(self._image, scorer, chunk, values) for scorer, values in work]
+            ]
+
+    def _image(
+        self, scorer: ImageScorer[Any], chunk: Chunk, prepared: Sequence[Any]
+    ) -> tuple[dict[str, pa.Array], Counter[str]]:
+        counts: Counter[str] = Counter()
         good = [row for row, value in enumerate(prepared) if not isinstance(value, Unscorable | Raised)]
         bad = [value for value in prepared if isinstance(value, Unscorable | Raised)]
         raised = [value for value in bad if isinstance(value, Raised)]
         if not good and len(raised) > 1:
             raise raised[0].error
         for value in bad:
-            self._counts[f"{label(scorer)}: {value.reason}"] += 1
+            counts[f"{label(scorer)}: {value.reason}"] += 1
         outcome = self._batches[scorer.name].run(scorer.score, [prepared[row] for row in good])
-        return self._columns(scorer, outcome, [chunk.at[good[row]] for row in outcome.kept], chunk.rows)
+        at = [chunk.at[good[row]] for row in outcome.kept]
+        return _columns(scorer, outcome, at, chunk.rows, counts), counts
 
-    def _head(self, head: FeatureScorer, chunk: Chunk, columns: Mapping[str, pa.Array]) -> dict[str, pa.Array]:
+    def _head(
+        self, head: FeatureScorer, chunk: Chunk, columns: Mapping[str, pa.Array], counts: Counter[str]
+    ) -> dict[str, pa.Array]:
         computed = columns.get(f"{head.source}_image")
         if computed is not None and head.source not in chunk.vectors:
             values, given = vectors_of(computed)
@@ -91,21 +125,24 @@ class Runner:
         outcome = Batches(FEATURE_BATCH).run(lambda part: head.score(np.stack(part)), rows)
         absent = len(chunk.at) - len(at)
         if absent:
-            self._counts[f"{label(head)}: no_features"] += absent
-        return self._columns(head, outcome, [at[row] for row in outcome.kept], chunk.rows)
+            counts[f"{label(head)}: no_features"] += absent
+        return _columns(head, outcome, [at[row] for row in outcome.kept], chunk.rows, counts)
 
-    def _columns(self, scorer: Scorer, outcome: Outcome, at: Sequence[int], rows: int) -> dict[str, pa.Array]:
-        for reason in outcome.failed.values():
-            self._counts[f"{label(scorer)}: {reason}"] += 1
-        columns: dict[str, pa.Array] = {}
-        for field in (*scorer.fields, *scorer.embeddings):
-            array, not_finite = to_arrow(field, outcome.column(field.name), len(at))
-            if not_finite:
-                self._counts[f"{label(scorer)}.{field.name}: not_finite"] += not_finite
-            if array.null_count > not_finite:
-                self._counts[f"{label(scorer)}.{field.name}: no_value"] += array.null_count - not_finite
-            columns[field.name] = scatter(array, at, rows)
-        return columns
+
+def _columns(
+    scorer: Scorer, outcome: Outcome, at: Sequence[int], rows: int, counts: Counter[str]
+) -> dict[str, pa.Array]:
+    for reason in outcome.failed.values():
+        counts[f"{label(scorer)}: {reason}"] += 1
+    columns: dict[str, pa.Array] = {}
+    for field in (*scorer.fields, *scorer.embeddings):
+        array, not_finite = to_arrow(field, outcome.column(field.name), len(at))
+        if not_finite:
+            counts[f"{label(scorer)}.{field.name}: not_finite"] += not_finite
+        if array.null_count > not_finite:
+            counts[f"{label(scorer)}.{field.name}: no_value"] += array.null_count - not_finite
+        columns[field.name] = scatter(array, at, rows)
+    return columns
 
 
 def score_texts(scorer: TextScorer, texts: Sequence[str | None], counts: Counter[str]) -> dict[str, pa.Array]:
@@ -118,7 +155,7 @@ def score_texts(scorer: TextScorer, texts: Sequence[str | None], counts: Counter
     at = [row for row, text in enumerate(texts) if text in place]
     picks = [place[text] for text in texts if text is not None and text in place]
     columns: dict[str, pa.Array] = {}
-    for field in scorer.fields:
+    for field in (*scorer.fields, *scorer.embeddings):
         values = outcome.column(field.name)
         array, not_finite = to_arrow(field, [values[pick] for pick in picks], len(picks))
         if not_finite:

@@ -42,6 +42,7 @@ class ModelSettings(ScorerSettings):
     threads: Annotated[int, Field(gt=0)] = 1  # of a CPU model; fixed, so that every engine gives the same bits
 
 
+GPU_QUEUE = 4  # forwards that are queued before the host waits for their results
 HOW_IT_RUNS = frozenset(ModelSettings.model_fields)
 
 
@@ -94,6 +95,7 @@ class ImageScorer(Scorer, Generic[Prepared]):
     """Scores an image, and its text where `reads_text`."""
 
     reads_text: ClassVar[bool] = False
+    follows: ClassVar[bool] = False  # uses what another scorer found out about the same picture: comes after the rest
     batch_size: int = 32  # rows per call of `score`; halved when the device's memory does not hold them
 
     @abstractmethod

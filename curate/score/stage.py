@@ -15,7 +15,7 @@ import pyarrow as pa
 
 from curate.errors import PlanError, StageError
 from curate.schema import KEY, TableSpec, inputs_of
-from curate.score.chunk import Chunk, chunks
+from curate.score.chunk import CPU_PIXELS, GPU_PIXELS, Chunk, chunks
 from curate.score.device import gpu_present
 from curate.score.pool_counts import is_pool_count
 from curate.score.registry import build, kind_of
@@ -25,7 +25,7 @@ from curate.stage import Read, Resources, Stage, Task
 from curate.store import Store
 
 CPU_ROWS = 64  # images per chunk; larger ones only hold more memory
-GPU_ROWS = 256
+GPU_ROWS = 1024  # so that a network's forwards queue up; networks' inputs of a chunk are about 300 MB each
 GPU_CPUS = 8.0  # threads that decode for one GPU, about 400 images of 512 px a second each
 TEXT_ROWS = 1024
 
@@ -153,13 +153,13 @@ class ScoreStage(Stage):
         heads = [scorer for scorer in needed if isinstance(scorer, FeatureScorer)]
         for scorer in needed:
             scorer.begin()
-        runner = Runner(pixels, heads, self.counters)
+        runner = Runner(pixels, heads, self.counters, abreast=self._on_gpu)
         specs = [spec for spec in self.tables if spec.name in task.missing]
-        rows = GPU_ROWS if self._on_gpu else CPU_ROWS
+        rows, most = (GPU_ROWS, GPU_PIXELS) if self._on_gpu else (CPU_ROWS, CPU_PIXELS)
         sources = self._sources(task.missing)
         with ThreadPoolExecutor(max(1, int(self.resources.cpus)), "curate-decode") as pool:
             waiting: tuple[Chunk, list[Future[list[Any]]]] | None = None
-            for chunk in chunks(batches, rows, sources):
+            for chunk in chunks(batches, rows, most, sources):
                 following = (chunk, _submit(pool, pixels, chunk))
                 if waiting is not None:
                     yield _tables(specs, runner.run(waiting[0], [job.result() for job in waiting[1]]))

@@ -20,7 +20,7 @@ from curate.score.scorer import Device, ModelSettings, ScorerSettings, TextScore
 from curate.score.vision import column_names
 
 if TYPE_CHECKING:
-    from curate.score.text_classifier_model import TextClassifier
+    from curate.score.text_model import TextClassifier
 
 
 class TextClassifierSettings(ModelSettings):
@@ -62,7 +62,7 @@ class TextClassifierScorer(TextScorer):
 
     def load(self, device: Device) -> None:
         """Load model and tokenizer."""
-        from curate.score.text_classifier_model import TextClassifier  # noqa: PLC0415  # torch: on workers only
+        from curate.score.text_model import TextClassifier  # noqa: PLC0415  # torch: on workers only
 
         batch = self._settings.batch_size or (256 if device.name == "cuda" else 16)
         self._model = TextClassifier(self._source.source, self._settings.activation, device, batch)

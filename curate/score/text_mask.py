@@ -53,6 +53,7 @@ class TextMaskedScorer(ImageScorer[Unmasked]):
     version = 3  # regions as text_density finds them since its version 3
     settings_type: ClassVar[type[ScorerSettings]] = TextMaskedSettings
     reads_text: ClassVar[bool] = True
+    follows: ClassVar[bool] = True
 
     def __init__(self, name: str, settings: TextMaskedSettings) -> None:
         super().__init__(name, settings)

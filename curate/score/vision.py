@@ -18,7 +18,7 @@ from pydantic import Field
 from curate.errors import ConfigError
 from curate.score.decode import Picture, Unscorable
 from curate.score.hub_model import HubModel
-from curate.score.scorer import Device, Float32, ImageScorer, ModelSettings, ScorerSettings, Values
+from curate.score.scorer import GPU_QUEUE, Device, Float32, ImageScorer, ModelSettings, ScorerSettings, Values
 from curate.score.weight_ref import WeightRef
 
 if TYPE_CHECKING:
@@ -37,6 +37,7 @@ class VisionScorer(ImageScorer[Float32]):
         super().__init__(name, settings)
         self._run_settings = settings
         self._model: VisionModel | None = None
+        self._rows = 16
         self.labels: tuple[str, ...] | None = None
         self.width: int | None = None
 
@@ -57,7 +58,8 @@ class VisionScorer(ImageScorer[Float32]):
     def load(self, device: Device) -> None:
         """Open the network and see that it gives what was declared."""
         self._model = self.open(device)
-        self.batch_size = self._run_settings.batch_size or (128 if device.name == "cuda" else 16)
+        self._rows = self._run_settings.batch_size or (128 if device.name == "cuda" else 16)
+        self.batch_size = self._rows * (GPU_QUEUE if device.name == "cuda" else 1)
 
     def unload(self) -> None:
         """Drop the network."""
@@ -69,7 +71,7 @@ class VisionScorer(ImageScorer[Float32]):
 
     def score(self, prepared: Sequence[Float32]) -> Mapping[str, Values]:
         """One row of numbers an image."""
-        rows = self._loaded().run(prepared)
+        rows = self._loaded().run(prepared, self._rows)
         expected = len(self.labels) if self.labels is not None else self.width
         if rows.shape[1] != expected:
             key = "labels" if self.labels is not None else "width"
@@ -89,7 +91,13 @@ def column_names(labels: Sequence[str]) -> tuple[str, ...]:
     return tuple(re.sub(r"[^a-z0-9]+", "_", label.lower()).strip("_") for label in labels)
 
 
-class HubSettings(ModelSettings):
+class PreprocessSettings(ModelSettings):
+    """`preprocess`: the library's own transform on CPU threads, or on the device."""
+
+    preprocess: Literal["exact", "fast"] = "exact"
+
+
+class HubSettings(PreprocessSettings):
     """`model`: a repository of the hub that is cached here, or a folder."""
 
     model: str
@@ -102,15 +110,15 @@ class HfClassifierScorer(VisionScorer):
 
     def __init__(self, name: str, settings: HubSettings) -> None:
         super().__init__(name, settings)
-        self.model = HubModel(f"score.{name}.model", settings.model)
+        self.model, self._preprocess = HubModel(f"score.{name}.model", settings.model), settings.preprocess
         labels = self.model.config.get("id2label")
         if not labels:
             raise ConfigError(f"score.{name}.model: {settings.model} names no labels; it is no classifier")
         self.labels = column_names([labels[key] for key in sorted(labels, key=int)])
 
     def identity(self) -> Mapping[str, Any]:
-        """The model."""
-        return self.model.identity()
+        """The model, and how pixels become numbers."""
+        return {**self.model.identity(), "preprocess": self._preprocess}
 
     def check(self) -> None:
         """Raises WeightsError."""
@@ -120,7 +128,7 @@ class HfClassifierScorer(VisionScorer):
         """Softmax or sigmoid of the logits."""
         from curate.score.vision_models import open_hf_classifier  # noqa: PLC0415  # torch: on workers only
 
-        return open_hf_classifier(self.model.source, device)
+        return open_hf_classifier(self.model.source, self._preprocess, device)
 
 
 class HfEmbedScorer(VisionScorer):
@@ -130,12 +138,12 @@ class HfEmbedScorer(VisionScorer):
 
     def __init__(self, name: str, settings: HubSettings) -> None:
         super().__init__(name, settings)
-        self.model = HubModel(f"score.{name}.model", settings.model)
+        self.model, self._preprocess = HubModel(f"score.{name}.model", settings.model), settings.preprocess
         self.width = int(self.model.config["hidden_size"])
 
     def identity(self) -> Mapping[str, Any]:
-        """The model."""
-        return self.model.identity()
+        """The model, and how pixels become numbers."""
+        return {**self.model.identity(), "preprocess": self._preprocess}
 
     def check(self) -> None:
         """Raises WeightsError."""
@@ -145,13 +153,7 @@ class HfEmbedScorer(VisionScorer):
         """Unit class tokens."""
         from curate.score.vision_models import open_hf_embedder  # noqa: PLC0415  # torch: on workers only
 
-        return open_hf_embedder(self.model.source, device)
-
-
-class PreprocessSettings(ModelSettings):
-    """`preprocess`: the library's own transform, or one resize on the device."""
-
-    preprocess: Literal["exact", "fast"] = "exact"
+        return open_hf_embedder(self.model.source, self._preprocess, device)
 
 
 class TimmClassifierSettings(PreprocessSettings):

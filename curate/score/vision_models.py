@@ -21,7 +21,7 @@ from transformers import AutoImageProcessor, AutoModel, AutoModelForImageClassif
 from curate.errors import WeightsError
 from curate.score.decode import Picture
 from curate.score.onnx_session import open_session
-from curate.score.pixels import Mode, Pixels, mixed, moved
+from curate.score.pixels import Mode, Pixels, in_parts, mixed, moved
 from curate.score.scorer import Device, Float32
 from curate.score.vision import FileSettings, TorchScriptSettings
 
@@ -35,13 +35,13 @@ _JIT: Any = torch.jit
 
 @dataclass(frozen=True)
 class VisionModel:
-    """`prepare`: a picture to the network's input of one, small; `run`: those to float32 [N, d]."""
+    """`prepare`: a picture to the network's input of one, small; `run`: those, so many at a time, to float32 [N, d]."""
 
     prepare: Callable[[Picture], Input]
-    run: Callable[[Sequence[Input]], Float32]
+    run: Callable[[Sequence[Input], int], Float32]
 
 
-def open_hf_classifier(source: str, device: Device) -> VisionModel:
+def open_hf_classifier(source: str, mode: Mode, device: Device) -> VisionModel:
     """Probabilities in the order of the configuration's labels."""
     processor = _PROCESSORS.from_pretrained(source)
     model = AutoModelForImageClassification.from_pretrained(source, use_safetensors=True)
@@ -51,10 +51,10 @@ def open_hf_classifier(source: str, device: Device) -> VisionModel:
         logits = outputs.logits.float()
         return cast(torch.Tensor, logits.sigmoid() if several else logits.softmax(dim=-1))
 
-    return _processed(processor, _torch(model, head, device), device)
+    return _processed(processor, mode, _torch(model, head, device), device)
 
 
-def open_hf_embedder(source: str, device: Device) -> VisionModel:
+def open_hf_embedder(source: str, mode: Mode, device: Device) -> VisionModel:
     """Unit class tokens after the last normalisation: what DINOv2's and Web-SSL's cards use as image features."""
     processor = _PROCESSORS.from_pretrained(source)
     model = AutoModel.from_pretrained(source, use_safetensors=True)
@@ -62,7 +62,7 @@ def open_hf_embedder(source: str, device: Device) -> VisionModel:
     def head(outputs: Any) -> torch.Tensor:
         return _unit(outputs.last_hidden_state[:, 0])
 
-    return _processed(processor, _torch(model, head, device), device)
+    return _processed(processor, mode, _torch(model, head, device), device)
 
 
 def open_timm(name: str, weights: Path, classes: int, mode: Mode, device: Device) -> VisionModel:
@@ -101,10 +101,10 @@ def open_onnx(weights: Path, settings: FileSettings, output: str | None, unit: b
     transform = _squared(settings, whole=whole)
     names = [output] if output else [session.get_outputs()[0].name]
 
-    def run(prepared: Sequence[Input]) -> Float32:
+    def run(prepared: Sequence[Input], size: int) -> Float32:
         batch = np.stack(prepared)
         batch = np.ascontiguousarray(batch.transpose(0, 2, 3, 1)) if last else batch
-        fixed = taken.shape[0] if isinstance(taken.shape[0], int) else len(batch)
+        fixed = taken.shape[0] if isinstance(taken.shape[0], int) else min(size, len(batch))
         rows = [
             _run_fixed(session, names, taken.name, batch[at : at + fixed], fixed) for at in range(0, len(batch), fixed)
         ]
@@ -133,18 +133,21 @@ def _split(
     def prepare(picture: Picture) -> Input:
         return picture.once(pixels.name, lambda: pixels.resized(picture.rgb)) if mode == "exact" else picture.pixels
 
-    return VisionModel(prepare, lambda prepared: run(pixels.batch(prepared, mode)))
+    return VisionModel(
+        prepare, lambda prepared, size: in_parts(prepared, size, lambda part: run(pixels.batch(part, mode)))
+    )
 
 
-def _torch(model: Any, head: Callable[[Any], torch.Tensor], device: Device) -> Callable[[torch.Tensor], Float32]:
+def _torch(model: Any, head: Callable[[Any], torch.Tensor], device: Device) -> Callable[[torch.Tensor], torch.Tensor]:
+    """The network and its head on a batch that lies on the device; the answer stays there."""
     torch.set_num_threads(device.threads)
     model = model.eval().to(device.name)
     if device.name == "cuda" and not isinstance(model, torch.jit.ScriptModule):
         model = model.to(memory_format=torch.channels_last)
 
-    def run(batch: torch.Tensor) -> Float32:
+    def run(batch: torch.Tensor) -> torch.Tensor:
         with torch.inference_mode(), mixed(device.name):
-            return cast(Float32, head(model(batch)).float().cpu().numpy())
+            return head(model(batch))
 
     return run
 
@@ -153,16 +156,33 @@ def _unit(features: torch.Tensor) -> torch.Tensor:
     return torch.nn.functional.normalize(features.float(), dim=-1)
 
 
-def _processed(processor: Any, run: Callable[[torch.Tensor], Float32], device: Device) -> VisionModel:
-    """A network behind an image processor of `transformers`, which normalises too."""
+def _processed(processor: Any, mode: Mode, run: Callable[[torch.Tensor], torch.Tensor], device: Device) -> VisionModel:
+    """A network behind an image processor of `transformers`.
+
+    `exact`: resized and cut on CPU threads; bytes cross the bus, and are normalised there where the processor does no
+    more than that with them. `fast`: the decoded picture crosses, and the processor runs on the device.
+    """
+    there = torch.device(device.name)
+    split = getattr(processor, "do_rescale", False) and getattr(processor, "do_normalize", False)
+    kept = {"do_rescale": False, "do_normalize": False} if split else {}
+    scale = 1 / processor.rescale_factor if split else 1.0
+    mean, std = (
+        torch.tensor(value, device=there).view(1, -1, 1, 1) * scale
+        for value in ((processor.image_mean, processor.image_std) if split else ([0.0], [1.0]))
+    )
 
     def prepare(picture: Picture) -> Input:
-        return cast(Input, processor(images=picture.rgb, return_tensors="np")["pixel_values"][0].astype(np.float32))
+        if mode == "fast":
+            return picture.pixels
+        return cast(Input, processor(images=picture.rgb, return_tensors="np", **kept)["pixel_values"][0])
 
-    def together(prepared: Sequence[Input]) -> Float32:
-        return run(moved(torch.from_numpy(np.stack(prepared)), torch.device(device.name)))
+    def forward(part: Sequence[Input]) -> torch.Tensor:
+        if mode == "fast":
+            images = [moved(torch.from_numpy(np.array(pixels)), there).permute(2, 0, 1) for pixels in part]
+            return run(processor(images=images, return_tensors="pt", device=device.name)["pixel_values"])
+        return run((moved(torch.from_numpy(np.stack(part)), there).float() - mean) / std)
 
-    return VisionModel(prepare, together)
+    return VisionModel(prepare, lambda prepared, size: in_parts(prepared, size, forward))
 
 
 def _squared(settings: FileSettings, *, whole: bool = False) -> transforms.Compose:

@@ -18,7 +18,7 @@ from torch import Tensor, nn
 
 from curate.errors import WeightsError
 from curate.score.canvas import Uint8, as_rgb
-from curate.score.pixels import mixed, moved
+from curate.score.pixels import in_parts, mixed, moved
 
 SIDE = 256
 WATERMARK = 0  # index in the softmax; 1 is clear
@@ -68,14 +68,14 @@ class WatermarkDetector:
 
     def score(self, stretched: Sequence[Uint8]) -> dict[str, npt.NDArray[np.float32]]:
         """The column of pictures that `stretch` made; a score that is not finite is NaN, no value."""
-        scores = [np.zeros(0, dtype=np.float32)]
-        for start in range(0, len(stretched), self._batch_size):
-            pixels = torch.from_numpy(np.stack(stretched[start : start + self._batch_size]))
-            batch = moved(pixels, torch.device(self._device))
-            with torch.inference_mode(), mixed(self._device):
-                answer: Tensor = torch.softmax(self._net(self._normalised(batch)).float(), dim=1)
-                scores.append(answer[:, WATERMARK].cpu().numpy())
-        return {"watermark_score": np.concatenate(scores)}
+        if not stretched:
+            return {"watermark_score": np.zeros(0, dtype=np.float32)}
+        return {"watermark_score": in_parts(stretched, self._batch_size, self._forward)}
+
+    def _forward(self, part: Sequence[Uint8]) -> Tensor:
+        batch = moved(torch.from_numpy(np.stack(part)), torch.device(self._device))
+        with torch.inference_mode(), mixed(self._device):
+            return torch.softmax(self._net(self._normalised(batch)).float(), dim=1)[:, WATERMARK]
 
     def _normalised(self, batch: Tensor) -> Tensor:
         """uint8 [N, 256, 256, 3] to float32 [N, 3, 256, 256], as ToTensor and Normalize do."""
