@@ -73,6 +73,9 @@ class FetchSettings(Settings):
     concurrency: Positive = 256  # requests at once per worker
     per_host: Positive = 16  # requests at once per host and worker
     allow_networks: list[str] = []  # e.g. [127.0.0.0/8] for a server of your own
+    # http://host:port; then it looks names up and must keep inside addresses shut. Its user:password stands in
+    # CURATE_PROXY_CREDENTIALS, since recipes are copied into releases
+    proxy: Annotated[str, Field(pattern=r"^https?://[^/@?#]+/?$")] | None = None
     strip_metadata: bool = True
     connect_timeout_s: Annotated[float, Field(gt=0)] = 5.0  # also of a DNS lookup
     first_byte_timeout_s: Annotated[float, Field(gt=0)] = 10.0  # until the headers are there

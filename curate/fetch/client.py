@@ -1,60 +1,38 @@
-"""One HTTP exchange, with every limit that a hostile or broken server can run into.
+"""One HTTP exchange, with every limit that a hostile or broken server can run into, and who said no beforehand.
 
-Connections are kept and shared, sockets open only where the guard allows, each phase has its deadline, bodies are
-counted while they arrive. Redirects are handed back, not followed: the queue schedules them like any other request, so
-that every hop is checked and every host's cap holds. No cookies, no proxies, no netrc, no environment.
+Each phase has its deadline: connect (also of a DNS lookup), first byte, the whole. Redirects are handed back, not
+followed: the queue schedules them like any other request, so that every hop is checked and every host's cap holds.
 
-The library is aiohttp, by `benchmarks/bench_fetch.py --part transport` (its table: benchmarks/RESULTS.md). It speaks
-HTTP/1.1 only, and that is wanted here: a table of URLs asks each host for few and large bodies, which gain nothing from
-sharing one connection's flow control, and both HTTP/2 clients tried cost more for the same bytes than their own
-HTTP/1.1: httpx 5.4 instead of 3.7 CPU-ms an image over TLS, libcurl 0.8 instead of 0.4. libcurl's HTTP/1.1 is cheaper
-than aiohttp (0.4 and 0.9); its callbacks have not been put under the guard.
+The library is libcurl, by `benchmarks/bench_fetch.py --part transport` (its table: benchmarks/RESULTS.md).
 """
 
 import asyncio
-import email.utils
-import ssl
 import time
-import zlib
 from collections import OrderedDict
+from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any
 
-import aiohttp
+import pycurl
 from yarl import URL
 
 from curate import __version__
 from curate.config import FetchSettings
-from curate.fetch.consent import AGENTS, ROBOTS_BYTES, Robots, opted_out, parse_robots
-from curate.fetch.guard import BlockedAddress, Guard
-from curate.fetch.outcome import Body, Refusal, Status, brief
+from curate.fetch.answer import Answer, Permits, Redirect, Temporary
+from curate.fetch.consent import AGENTS, ROBOTS_BYTES, Robots, parse_robots
+from curate.fetch.guard import BlockedAddress, Guard, is_address
+from curate.fetch.outcome import Body, Refusal, brief
 from curate.fetch.resolver import CachingResolver, Lookup, server_lookup, system_lookup
+from curate.fetch.transport import TransferError, Transport
 
 MAX_REDIRECTS = 5
-GRACE_S = 3.0  # before the minimum rate counts: a transfer's first window is slow on any long line
-LARGE_BYTES = 1_000_000  # a body beyond this needs a permit, so that memory is bounded whatever max_bytes is
-LARGE_AT_ONCE = 8
-READ_BUFFER = 512 * 1024  # bytes; with aiohttp's 64 kB a 250 kB body woke the loop twice as often
-KEEP_ALIVE_S = 3.0  # a host with work left is asked again in milliseconds; an idle TLS connection holds 0.4 MB
+_TLS = frozenset({
+    pycurl.E_SSL_CONNECT_ERROR, pycurl.E_PEER_FAILED_VERIFICATION, pycurl.E_SSL_CERTPROBLEM, pycurl.E_SSL_CIPHER,
+    pycurl.E_SSL_CACERT_BADFILE, pycurl.E_SSL_ISSUER_ERROR, pycurl.E_SSL_ENGINE_INITFAILED,
+})  # fmt: skip
 ROBOTS_KEPT_S = 24 * 3600.0  # RFC 9309 2.4: not longer than a day
 ROBOTS_FAILED_S = 300.0
 ROBOTS_HOSTS = 50_000
 ALLOW_ALL = Robots()
-
-
-class Temporary(Refusal):
-    """A refusal that may not stand: the queue may ask again, not before `after_s` seconds."""
-
-    def __init__(self, status: Status, error: str, after_s: float | None = None) -> None:
-        super().__init__(status, error)
-        self.after_s = after_s
-
-
-@dataclass(frozen=True)
-class Redirect:
-    """The server named another URL; unchecked."""
-
-    location: str
 
 
 @dataclass(frozen=True)
@@ -83,27 +61,14 @@ class Client:
                 if servers
                 else system_lookup(settings.dns_concurrency)
             )
-        resolver = CachingResolver(guard, lookup, settings.dns_concurrency, settings.connect_timeout_s)
-        context = ssl.create_default_context()
-        connector = aiohttp.TCPConnector(
-            resolver=resolver, use_dns_cache=False, socket_factory=guard.open_socket, ssl=context,
-            limit=0,  # the queue holds the caps; a second pool limit would only hide waiting inside the deadline
-            keepalive_timeout=KEEP_ALIVE_S,
-        )  # fmt: skip
-        self._session = aiohttp.ClientSession(
-            connector=connector,
-            cookie_jar=aiohttp.DummyCookieJar(),
-            trust_env=False,
-            auto_decompress=False,
-            read_bufsize=READ_BUFFER,
-            timeout=aiohttp.ClientTimeout(total=None, sock_connect=settings.connect_timeout_s),
-            headers={
-                "User-Agent": user_agent(settings.contact),
-                "Accept": "image/*,*/*;q=0.5",
-                "Accept-Encoding": "identity",
-            },
-        )
-        self._large = asyncio.Semaphore(LARGE_AT_ONCE)
+        self._resolver = CachingResolver(guard, lookup, settings.dns_concurrency, settings.connect_timeout_s)
+        headers = [
+            f"User-Agent: {user_agent(settings.contact)}",
+            "Accept: image/*,*/*;q=0.5",
+            "Accept-Encoding: identity",
+        ]
+        self._transport = Transport(guard, headers, settings.connect_timeout_s, settings.proxy)
+        self._permits = Permits()
         self._robots: OrderedDict[URL, _Verdict] = OrderedDict()
         self._robots_running: dict[URL, asyncio.Task[_Verdict]] = {}
 
@@ -111,7 +76,8 @@ class Client:
         """Close all connections."""
         for task in list(self._robots_running.values()):
             task.cancel()
-        await self._session.close()
+        self._resolver.close()
+        await self._transport.close()
 
     async def exchange(self, url: URL, budget_s: float, *, last: bool = False) -> Body | Redirect:
         """Ask for an image once; `budget_s` is for connect, headers and body together.
@@ -122,81 +88,38 @@ class Client:
         return await self._get(url, budget_s, self._settings.max_bytes, consent=True, close=last)
 
     async def _get(self, url: URL, budget_s: float, cap: int, *, consent: bool, close: bool = False) -> Body | Redirect:
-        reading = False
         first_byte_s = min(budget_s, self._settings.first_byte_timeout_s)
-        loop = asyncio.get_running_loop()
-        start = loop.time()
-        headers = {"Connection": "close"} if close else None
+        clock = asyncio.timeout(first_byte_s)
+        answer = Answer(self._settings, cap, budget_s, clock, self._permits, consent=consent)
         try:
-            async with asyncio.timeout(first_byte_s) as clock:
-                async with self._session.get(url, allow_redirects=False, headers=headers) as response:
-                    reading = True
-                    clock.reschedule(start + budget_s)
-                    found = self._judge(response, consent)
-                    if found is not None:
-                        return found
-                    return await self._read(response, cap, clock)
+            async with clock:
+                try:
+                    await self._transport.get(url, await self._addresses(url), answer, close=close)
+                finally:
+                    answer.end()
         except Refusal:
             raise
-        except TimeoutError as error:
-            if reading:
+        except TimeoutError:
+            if answer.begun and answer.verdict is None:
                 raise Refusal("too_slow", f"body not complete in {budget_s:g} s") from None
-            raise Temporary("timeout", brief(error) if str(error) else f"no answer in {first_byte_s:g} s") from None
-        except Exception as error:  # whatever the library raises on hostile bytes costs this URL, not the shard
-            raise _refusal(error) from None
+            if answer.verdict is None:
+                raise Temporary("timeout", f"no answer in {first_byte_s:g} s") from None
+        except Exception as error:  # whatever the library says of hostile bytes costs this URL, not the shard
+            if answer.verdict is None:
+                raise _refusal(error) from None
+        return answer.result()
 
-    def _judge(self, response: aiohttp.ClientResponse, consent: bool) -> Redirect | None:
-        """Refuse by status line and headers; None when the body is wanted."""
-        code, headers = response.status, response.headers
-        if consent and self._settings.opt_out and code < 400:
-            reason = opted_out(headers.getall("X-Robots-Tag", ()), headers.getall("tdm-reservation", ()))
-            if reason:
-                raise Refusal("opted_out", reason)
-        if 200 <= code < 300:
-            return None
-        if code in (301, 302, 303, 307, 308):
-            location = headers.get("Location")
-            if not location:
-                raise Refusal("bad_url", f"HTTP {code} without a Location")
-            return Redirect(location)
-        if code == 429 or 500 <= code < 600:
-            status: Status = "http_4xx" if code == 429 else "http_5xx"
-            raise Temporary(status, f"HTTP {code}", _retry_after(headers.get("Retry-After")))
-        raise Refusal("bad_url" if code < 400 else "http_4xx", f"HTTP {code}")
-
-    async def _read(self, response: aiohttp.ClientResponse, cap: int, clock: asyncio.Timeout) -> Body:
-        announced = response.content_length
-        if announced is not None and announced > cap:
-            raise Refusal("too_large", f"{announced} bytes announced; {cap} allowed")
-        inflate = _inflater(response.headers.get("Content-Encoding"))
-        loop = asyncio.get_running_loop()
-        start, received = loop.time(), 0
-        data = bytearray()
-        permit = False
+    async def _addresses(self, url: URL) -> Sequence[str]:
+        """Of a URL's host; empty where the URL names one itself, or a proxy does the looking up."""
+        host = url.raw_host or ""
+        if self._settings.proxy is not None or is_address(host):
+            return ()
         try:
-            while chunk := await response.content.readany():
-                received += len(chunk)
-                data += chunk if inflate is None else _inflate(inflate, chunk, cap + 1 - len(data))
-                if max(received, len(data)) > cap:
-                    raise Refusal("too_large", f"more than {cap} bytes")
-                elapsed = loop.time() - start
-                if elapsed > GRACE_S and received < self._settings.min_rate_bytes_s * elapsed:
-                    raise Refusal("too_slow", f"{received / elapsed:.0f} bytes/s")
-                if len(data) > LARGE_BYTES and not permit:
-                    waited = loop.time()
-                    deadline = clock.when()
-                    clock.reschedule(None)
-                    await self._large.acquire()
-                    permit = True
-                    clock.reschedule(None if deadline is None else deadline + loop.time() - waited)
-        finally:
-            if permit:
-                self._large.release()
-        if inflate is not None and not inflate.eof:
-            raise Refusal("decode_error", "compressed body ends early")
-        if not data:
-            raise Refusal("empty", "no bytes in the body")
-        return Body("ok", None, data)
+            return await self._resolver.resolve(host)
+        except BlockedAddress as error:
+            raise Refusal("blocked_address", brief(str(error))) from None
+        except OSError as error:
+            raise Refusal("dns", brief(str(error))) from None
 
     # ---- robots.txt --------------------------------------------------------------------------------------------
 
@@ -253,44 +176,16 @@ class Client:
         return ALLOW_ALL, None  # 4xx, empty, endless redirects: there is no robots.txt
 
 
-def _refusal(error: BaseException) -> Refusal:
-    """A failure of the network library as one of ours."""
-    cause: Any = getattr(error, "os_error", error)
-    if isinstance(cause, BlockedAddress):
-        return Refusal("blocked_address", brief(str(cause)))
-    if isinstance(error, aiohttp.ClientConnectorDNSError):
-        return Refusal("dns", brief(str(cause)))
-    if isinstance(error, aiohttp.ClientSSLError | ssl.SSLError):
-        return Refusal("tls", brief(str(getattr(error, "certificate_error", cause))))
-    if isinstance(error, aiohttp.InvalidURL | UnicodeError):
-        return Refusal("bad_url", brief(error))
-    return Temporary("connect", brief(error))
-
-
-def _retry_after(value: str | None) -> float | None:
-    """Seconds from a Retry-After header, which holds seconds or a date."""
-    if value is None:
-        return None
-    if value.strip().isdigit():
-        return float(value.strip()[:9])
-    try:
-        return max(0.0, email.utils.parsedate_to_datetime(value).timestamp() - time.time())
-    except (ValueError, TypeError, OverflowError):
-        return None
-
-
-def _inflater(encoding: str | None) -> "zlib._Decompress | None":
-    """A decompressor for a body that came compressed although identity was asked for."""
-    name = (encoding or "identity").strip().lower()
-    if name in ("identity", ""):
-        return None
-    if name in ("gzip", "x-gzip", "deflate"):
-        return zlib.decompressobj(wbits=zlib.MAX_WBITS | 32)  # gzip or zlib, by its header
-    raise Refusal("decode_error", brief(f"Content-Encoding {name} was not asked for"))
-
-
-def _inflate(inflate: "zlib._Decompress", chunk: bytes, room: int) -> bytes:
-    try:
-        return inflate.decompress(chunk, max(1, room))
-    except zlib.error as error:
-        raise Refusal("decode_error", brief(error)) from None
+def _refusal(error: Exception) -> Refusal:
+    """A failure on the way, as one of ours."""
+    if isinstance(error, BlockedAddress):
+        return Refusal("blocked_address", brief(str(error)))
+    if not isinstance(error, TransferError):
+        return Temporary("connect", brief(error))
+    if error.code == pycurl.E_OPERATION_TIMEDOUT:
+        return Temporary("timeout", brief(str(error)))
+    if error.code in _TLS:
+        return Refusal("tls", brief(str(error)))
+    if error.code == pycurl.E_URL_MALFORMAT:
+        return Refusal("bad_url", brief(str(error)))
+    return Temporary("connect", brief(str(error)))

@@ -13,8 +13,9 @@ from dataclasses import dataclass, field
 from yarl import URL
 
 from curate.config import FetchSettings
+from curate.fetch.answer import Redirect, Temporary
 from curate.fetch.blocklist import BlockList
-from curate.fetch.client import MAX_REDIRECTS, Client, Redirect, Temporary
+from curate.fetch.client import MAX_REDIRECTS, Client
 from curate.fetch.guard import Guard
 from curate.fetch.outcome import Body, Refusal
 

@@ -38,6 +38,8 @@ class Row:
 def check_settings(settings: FetchSettings) -> None:
     """Raise PlanError for what would fail or offend later: nobody to write to on a run beyond one's own networks."""
     Guard(settings.allow_networks)
+    if settings.engine == "img2dataset" and settings.proxy is not None:
+        raise PlanError("fetch.proxy: only engine: curate asks through a proxy; img2dataset's opener connects itself")
     if settings.contact is None and not settings.allow_networks:
         raise PlanError(
             "fetch.contact is not set: servers must be able to reach whoever runs this; write "

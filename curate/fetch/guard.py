@@ -20,6 +20,7 @@ from curate.fetch.outcome import Refusal, brief
 
 Address = ipaddress.IPv4Address | ipaddress.IPv6Address
 Network = ipaddress.IPv4Network | ipaddress.IPv6Network
+SocketInfo = tuple[int, int, int, str, Any]  # as `getaddrinfo` gives it
 
 URL_CHARS = 8_192  # longer ones are data, not addresses; servers refuse them as well
 
@@ -61,6 +62,11 @@ def _numeric(host: str) -> Address | None:
         return None
 
 
+def is_address(host: str) -> bool:
+    """Whether a URL's host is a numeric address and no name."""
+    return _numeric(host) is not None
+
+
 def _innermost(address: Address) -> Address:
     """The IPv4 address inside an IPv4-mapped or NAT64 one, else the address itself."""
     if isinstance(address, ipaddress.IPv6Address):
@@ -92,7 +98,7 @@ class Guard:
             return not any(address in network for network in _SPECIAL_V4)
         return address in _GLOBAL_V6 and not any(address in network for network in _SPECIAL_V6)
 
-    def open_socket(self, info: tuple[int, int, int, str, Any]) -> socket.socket:
+    def open_socket(self, info: SocketInfo) -> socket.socket:
         """The client's only way to a socket. Raises BlockedAddress for a forbidden address."""
         family, kind, protocol, _, target = info
         if not self.allows(str(target[0])):

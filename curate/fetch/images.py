@@ -138,12 +138,10 @@ def _resize(pixels: Pixels, size: tuple[int, int], header: Header) -> Pixels:
     across, down = (_smoothing(ratio) for ratio in ratios)
     if len(across) > 1 or len(down) > 1:
         pixels = np.asarray(cv2.sepFilter2D(pixels, -1, across, down, borderType=cv2.BORDER_REFLECT_101), np.uint8)
-    if pixels.shape[:2] == (height, width):
-        return np.asarray(cv2.resize(pixels, size, interpolation=cv2.INTER_LINEAR), np.uint8)
-    x, y = ratios
-    places = np.array([[x, 0, (x - 1) / 2], [0, y, (y - 1) / 2]])
-    flags = cv2.INTER_LINEAR | cv2.WARP_INVERSE_MAP
-    return np.asarray(cv2.warpAffine(pixels, places, size, flags=flags, borderMode=cv2.BORDER_REPLICATE), np.uint8)
+    scales = (1 / ratios[0], 1 / ratios[1])
+    sampled = cv2.resize(pixels, None, fx=scales[0], fy=scales[1], interpolation=cv2.INTER_LINEAR)
+    # The part of a pixel beyond the picture's end may have made a row or column more.
+    return np.asarray(sampled[: size[1], : size[0]], np.uint8)
 
 
 def _extent(pixels: Pixels, header: Header) -> tuple[float, float]:

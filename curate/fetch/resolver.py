@@ -12,8 +12,6 @@ from collections import OrderedDict
 from collections.abc import Awaitable, Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 
-from aiohttp.abc import AbstractResolver, ResolveResult
-
 from curate.fetch.guard import BlockedAddress, Guard
 
 FOUND_S = 600.0  # seconds; longer than most records live, shorter than a shard's worth of moving sites
@@ -24,8 +22,8 @@ Found = tuple[socket.AddressFamily, str]
 Lookup = Callable[[str], Awaitable[Sequence[Found]]]
 
 
-class CachingResolver(AbstractResolver):
-    """aiohttp's resolver interface over `lookup`, with a cache for answers and for failures.
+class CachingResolver:
+    """`lookup` with a cache for answers and for failures.
 
     `lookup` takes a host name and gives (family, address) pairs or raises OSError.
     """
@@ -36,21 +34,13 @@ class CachingResolver(AbstractResolver):
         self._known: OrderedDict[str, tuple[float, Sequence[Found] | OSError]] = OrderedDict()
         self._running: dict[str, asyncio.Task[Sequence[Found]]] = {}
 
-    async def resolve(
-        self, host: str, port: int = 0, family: socket.AddressFamily = socket.AF_UNSPEC
-    ) -> list[ResolveResult]:
+    async def resolve(self, host: str) -> list[str]:
         """Allowed addresses of a host. Raises OSError when there is none, BlockedAddress when all are forbidden."""
         found = await self._addresses(host.lower().rstrip("."))
-        usable = [pair for pair in found if self._guard.allows(pair[1]) and family in (socket.AF_UNSPEC, pair[0])]
+        usable = [address for _, address in found if self._guard.allows(address)]
         if found and not usable:
             raise BlockedAddress(f"{found[0][1]} is not a public address")
-        return [
-            ResolveResult(
-                hostname=host, host=address, port=port, family=kind, proto=socket.IPPROTO_TCP,
-                flags=socket.AI_NUMERICHOST | socket.AI_NUMERICSERV,
-            )
-            for kind, address in usable
-        ]  # fmt: skip
+        return usable
 
     async def _addresses(self, host: str) -> Sequence[Found]:
         known = self._known.get(host)
@@ -90,7 +80,7 @@ class CachingResolver(AbstractResolver):
             raise answer
         return answer
 
-    async def close(self) -> None:
+    def close(self) -> None:
         """Give up running lookups."""
         for task in list(self._running.values()):
             task.cancel()

@@ -21,7 +21,7 @@ from curate.schema import IMAGE, IMAGE_FIELDS, IMAGES_SCHEMA, KEY, TableSpec, in
 from curate.stage import FETCHED_BYTES, Read, Resources, Stage, Task
 from curate.store import Store
 
-VERSION = 2  # of what the same bytes become; a new one fetches everything again
+VERSION = 3  # of what the same bytes become; a new one fetches everything again
 # What decides which images exist and how they are stored. How patiently they are asked for does not stand here: a run
 # with a longer timeout goes on with what is there, and `--retry` asks for the rest.
 _CONTENT = (

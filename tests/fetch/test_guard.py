@@ -110,12 +110,12 @@ def test_resolver_caches_answers_and_failures_and_bounds_lookups() -> None:
     async def go() -> None:
         resolver = CachingResolver(Guard(), lookup, concurrency=3, timeout_s=1.0)
         names = [f"live{number}.example" for number in range(12)] * 3 + ["dead.example"] * 20
-        results = await asyncio.gather(*(resolver.resolve(name, 80) for name in names), return_exceptions=True)
+        results = await asyncio.gather(*(resolver.resolve(name) for name in names), return_exceptions=True)
         assert all(isinstance(result, OSError) for result in results[-20:])
         live = [result for result in results[:-20] if not isinstance(result, BaseException)]
-        assert len(live) == 36 and {entry["host"] for result in live for entry in result} == {"1.1.1.1"}
+        assert len(live) == 36 and {address for result in live for address in result} == {"1.1.1.1"}
         with pytest.raises(OSError, match="Name or service"):
-            await resolver.resolve("dead.example", 80)
+            await resolver.resolve("dead.example")
 
     asyncio.run(go())
     assert sorted(asked) == sorted({*asked}), "a name was looked up twice"
@@ -130,7 +130,7 @@ def test_names_that_resolve_to_private_addresses_are_blocked_not_dead() -> None:
 
     async def go() -> None:
         with pytest.raises(BlockedAddress):
-            await CachingResolver(Guard(), lookup, 1, 1.0).resolve("metadata.example", 80)
+            await CachingResolver(Guard(), lookup, 1, 1.0).resolve("metadata.example")
 
     asyncio.run(go())
 
@@ -144,7 +144,7 @@ def test_a_lookup_that_hangs_ends() -> None:
 
     async def go() -> None:
         with pytest.raises(OSError, match="no answer"):
-            await CachingResolver(Guard(), lookup, 1, 0.05).resolve("slow.example", 80)
+            await CachingResolver(Guard(), lookup, 1, 0.05).resolve("slow.example")
 
     asyncio.run(go())
 
@@ -171,9 +171,9 @@ def test_named_dns_servers_are_asked() -> None:
         transport, _ = await loop.create_datagram_endpoint(_NameServer, local_addr=("127.0.0.1", 0))
         port = transport.get_extra_info("sockname")[1]
         resolver = CachingResolver(Guard(), server_lookup([f"127.0.0.1:{port}"], 5.0), 2, 10.0)
-        assert [entry["host"] for entry in await resolver.resolve("live.example", 80)] == ["93.184.215.14"]
+        assert await resolver.resolve("live.example") == ["93.184.215.14"]
         with pytest.raises(OSError, match="not found"):
-            await resolver.resolve("dead.example", 80)
+            await resolver.resolve("dead.example")
         transport.close()
 
     asyncio.run(go())
