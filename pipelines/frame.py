@@ -6,7 +6,7 @@ of its own, and no number stands here.
 
 from collections.abc import Callable, Sequence
 
-from curate.dedup.step import dedup_step
+from curate.dedup.step import dedup_step, images_to_measure
 from curate.emit.step import emit_step
 from curate.engine.job import Job
 from curate.fetch.stage import fetch_stage
@@ -17,6 +17,7 @@ from curate.report.sets import print_sets
 from curate.retrieve.step import CellsStep, retrieve_step
 from curate.schema import TableSpec
 from curate.score.pool_counts import pool_count_steps
+from curate.score.reference_images import reference_images_step
 from curate.score.seed_images import seed_images_step
 from curate.score.stage import image_stages, text_stages
 from curate.score.weight_facts import weights_behind
@@ -63,10 +64,14 @@ def tables_of(stages: Sequence[Stage]) -> list[TableSpec]:
 
 
 def find_copies(job: Job, tables: list[TableSpec]) -> list[TableSpec]:
-    """Copies across the whole pool, by the rules of `dedup` in their order: one of each group stays."""
+    """Copies across the whole pool, by the rules of `dedup` in their order: one of each group stays. Evaluation sets
+    that come as images are measured first, by the scorers of the pool's own."""
     if not job.recipe.dedup:
         return []
-    duplicates = dedup_step(job.recipe.dedup, tables, job.shards, job.store)
+    references = reference_images_step(images_to_measure(job.recipe.dedup, tables), job.recipe.score)
+    if references.folders:
+        job.across(references)
+    duplicates = dedup_step(job.recipe.dedup, tables, job.shards, job.store, references.folders)
     job.across(duplicates)
     return list(duplicates.tables)
 

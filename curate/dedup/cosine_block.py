@@ -24,6 +24,7 @@ VectorArray = npt.NDArray[np.float16] | npt.NDArray[np.float32]
 
 RECHECK_VALUES = 1 << 22  # values gathered at a time for a float64 dot product: 64 MB
 CACHED_ROWS = 1_024  # rows converted at a time
+SUM_ROUNDING = 2.0**-40  # of a float64 dot product of unit vectors, whatever the order of the sum
 SAMPLE_ROWS = 512
 MIN_ROWS_FOR_HEADS = 2_048  # below, finding the axes costs more than it saves
 # Time of deciding one proposed pair, in multiply-adds of the product. Recomputing a pair by itself takes about 310,000
@@ -122,8 +123,11 @@ class Block:
         many = torch.count_nonzero(near, dim=1) > 4 * neighbours
         crowded, having = having[many], having[~many]
         at = near[~many].nonzero()
-        hits = torch.stack([having[at[:, 0]], at[:, 1]], dim=1).cpu().numpy()
-        i, j = self.rows[start + hits[:, 0]], self.rows[first + hits[:, 1]]
+        hits = [torch.stack([having[at[:, 0]], at[:, 1]], dim=1)]
+        tiles = torch.split(crowded, max(1, RECHECK_VALUES // bound.shape[1])) if len(crowded) else ()
+        hits += [self._crowded(tile, start, first, neighbours) for tile in tiles]
+        left, right = torch.cat(hits).T.cpu().numpy()
+        i, j = self.rows[start + left], self.rows[first + right]
         cosine = self.cosine(i, j)
         true = cosine > self.threshold
         i, j, cosine = i[true], j[true], cosine[true]
@@ -132,24 +136,34 @@ class Block:
         new = np.flatnonzero(np.r_[True, i[1:] != i[:-1]]) if len(i) else np.empty(0, np.int64)
         place = np.arange(len(i)) - np.repeat(new, np.diff(np.r_[new, len(i)]))
         keep = place < neighbours
-        results = [(i[keep], j[keep], cosine[keep])]
-        results += [self._crowded(start + row, first, neighbours) for row in crowded.tolist()]
-        return (
-            np.concatenate([r[0] for r in results]),
-            np.concatenate([r[1] for r in results]),
-            np.concatenate([r[2] for r in results]),
-        )
+        return i[keep], j[keep], cosine[keep]
 
-    def _crowded(self, row: int, first: int, neighbours: int) -> tuple[IntArray, IntArray, FloatArray]:
-        """Rank the rows of the block from `first` on for one of them, by the definition."""
-        me, ranked = self.given[self.rows[row]].double(), self.rows[first:]
-        at = torch.from_numpy(ranked).to(self.device)
-        size = max(1, RECHECK_VALUES // self.given.shape[1])
-        dots = torch.cat([(self.given[part].double() * me).sum(dim=1) for part in torch.split(at, size)])
-        cosine = (dots * self.scale[at] * self.scale[self.rows[row]]).float().cpu().numpy()
-        others = np.flatnonzero((cosine > self.threshold) & (ranked != self.rows[row]))
-        best = others[np.lexsort((ranked[others], -cosine[others]))][:neighbours]
-        return np.full(len(best), self.rows[row]), ranked[best], cosine[best]
+    def _crowded(self, which: torch.Tensor, start: int, first: int, neighbours: int) -> torch.Tensor:
+        """Propose the nearest rows from `first` on of some rows from `start` on: (row, other) from there, int64[M, 2].
+
+        Rows of a crowd are as near as float32 can tell, and those equally near are ranked by row: the nearest by a
+        float64 product are taken, and whatever its rounding could put among them.
+        """
+        mine, others = self.rows[start:][which.cpu().numpy()], self.rows[first:]
+        wide = self._wide(mine)
+        parts = np.array_split(others, -(-len(others) // CACHED_ROWS))
+        product = torch.cat([wide @ self._wide(part).T for part in parts], dim=1)
+        if start >= first:
+            product[torch.arange(len(which)), which + (start - first)] = -4
+        least, most = (product - SUM_ROUNDING).float(), (product + SUM_ROUNDING).float()
+        bits = least.view(torch.int32).long()
+        rank = torch.where(bits < 0, -(bits & 0x7FFFFFFF), bits) * (1 << 32) - torch.from_numpy(others).to(self.device)
+        chosen = rank.topk(min(neighbours, len(others)), dim=1).indices
+        last = least.gather(1, chosen).amin(dim=1, keepdim=True)
+        near = (least != most) & (most >= last)
+        near.scatter_(1, chosen, True)
+        hits = (near & (most > self.threshold.item())).nonzero()
+        return torch.stack([which[hits[:, 0]], hits[:, 1]], dim=1)
+
+    def _wide(self, rows: IntArray) -> torch.Tensor:
+        """float64[len(rows), d], normalised, of rows of the given vectors."""
+        at = torch.from_numpy(rows).to(self.device)
+        return self.given[at].double() * self.scale[at, None]
 
     def _scale(self) -> torch.Tensor:
         """1 / length in float64 per given vector; 0 for what can match nothing."""

@@ -1,6 +1,7 @@
 """Reference sets: images that the pool must not hold, and which of them a row reaches.
 
-A set is a file of pHashes or of embeddings with an id each (`curate.config.ReferenceSettings`). Every row of the pool
+A set is a file of pHashes or of embeddings with an id each (`curate.config.ReferenceSettings`), or what a step before
+has measured of its images (`score.reference_images`; `pipelines/frame.py` wires it). Every row of the pool
 is compared with every image of the set, exactly, whatever the cells of the rule, and its nearest one is named; equally
 near ones by the lower place in the file. Cosines count above the threshold (DINOv2: 0.45, DataComp: 0.604169, both
 published as "greater than"). It refuses a file in which it finds no hashes or vectors, and vectors that can match
@@ -57,6 +58,15 @@ def read_reference(settings: ReferenceSettings, place: str) -> Reference:
     if not len(found.values):
         raise PlanError(f"{place}: {path}: no image in it; leave the set out, or write its images")
     return found
+
+
+def measured_reference(store: Store, folder: str) -> Reference:
+    """The set whose images were measured into this folder."""
+    count = store.get_json(f"{folder}/measured.json")["pieces"]
+    held = [get_arrays(store, f"{folder}/{number:08d}.npz") for number in range(count)]
+    parts = [(part["ids"], part["values"]) for part in held if len(part["ids"])]
+    ids, values = (np.concatenate(column) for column in zip(*parts, strict=True))
+    return Reference(ids, _plain(values) if values.ndim == 2 else hashes_of(values.tolist()))
 
 
 def keep_reference(store: Store, path: str, reference: Reference) -> None:

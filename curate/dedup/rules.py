@@ -5,7 +5,7 @@ order; each is applied to the rows that the rules before it left. It reads no ta
 """
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Literal
 
 import pyarrow as pa
@@ -42,6 +42,7 @@ class Rule:
         values: columns that must be equal, or nearly.
         keep_columns: what the ordering reads.
         work: the rule's folder.
+        measured: folder of the reference's images, measured (`_references`); empty where it comes as a file.
         released: folders of the last release's members, whose rows come first.
     """
 
@@ -52,6 +53,7 @@ class Rule:
     columns: Mapping[str, Column]
     values: tuple[str, ...]
     keep_columns: tuple[str, ...]
+    measured: str = ""
     work: str = ""
     released: tuple[str, ...] = ()
 
@@ -112,8 +114,25 @@ class Rule:
         return f"same {same}" if not self.radius else f"{same} within {self.radius} bits"
 
 
-def rules_of(settings: Sequence[DedupSettings], columns: Mapping[str, Column]) -> list[Rule]:
-    """The rules of these entries. Raises PlanError for an unknown kind, column or setting."""
+def image_references(settings: Sequence[DedupSettings], columns: Mapping[str, Column]) -> dict[str, tuple[str, str]]:
+    """Place in the recipe to (images, column that measures them) of each reference set that comes as images.
+
+    Raises PlanError as `rules_of` does.
+    """
+    return {
+        reference_place(rule): (rule.reference.images, rule.values[0])
+        for rule in rules_of(settings, columns)
+        if rule.reference is not None and rule.reference.images is not None
+    }
+
+
+def rules_of(
+    settings: Sequence[DedupSettings], columns: Mapping[str, Column], measured: Mapping[str, str] | None = None
+) -> list[Rule]:
+    """The rules of these entries; `measured` as `Rule` has it, by the reference's place in the recipe.
+
+    Raises PlanError for an unknown kind, column or setting.
+    """
     schema = schema_of(columns)
     rules: list[Rule] = []
     for number, entry in enumerate(settings):
@@ -127,21 +146,34 @@ def rules_of(settings: Sequence[DedupSettings], columns: Mapping[str, Column]) -
         references = [None, *entry.against] if entry.within else list(entry.against)
         if not references:
             raise PlanError(f"{place}.within: false leaves nothing to compare; name a set in `against`")
-        rules += [Rule(len(rules) + at, number, entry, one, columns, values, keep) for at, one in enumerate(references)]
+        for one in references:
+            rule = Rule(len(rules), number, entry, one, columns, values, keep)
+            rules.append(replace(rule, measured=(measured or {}).get(reference_place(rule), "")))
     return rules
 
 
+def reference_place(rule: Rule) -> str:
+    """Where the recipe names a rule's reference set."""
+    return f"dedup.{rule.entry}.against.{rule.reference.name if rule.reference else ''}"
+
+
 def sums_of(rules: Sequence[Rule]) -> dict[str, str]:
-    """sha256 of each reference's file. Raises PlanError when one cannot be read or holds no images of its kind."""
+    """sha256 of each reference's file, or the folder that its images are measured in. Raises PlanError when a file
+    cannot be read or holds no images of its kind, and when nothing measures the images."""
     sums = {}
     for rule in rules:
         if rule.reference is not None:
-            place = f"dedup.{rule.entry}.against.{rule.reference.name}"
+            place, name = reference_place(rule), f"{rule.number}:{rule.reference.name}"
+            if rule.reference.images is not None:
+                if not rule.measured:
+                    raise PlanError(f"{place}.images: this pipeline measures no images of references; see frame.py")
+                sums[name] = rule.measured
+                continue
             found = read_reference(rule.reference, place)
             column = rule.columns[rule.values[0]].type
             if rule.search == "vectors" and found.values.shape[1] != column.list_size:
                 raise PlanError(f"{place}: vectors of {found.values.shape[1]}, {rule.values[0]} has {column.list_size}")
-            sums[f"{rule.number}:{rule.reference.name}"] = sum_of(rule.reference, place)
+            sums[name] = sum_of(rule.reference, place)
     return sums
 
 
@@ -202,8 +234,11 @@ def _check_reference(place: str, by: str, vectors: bool, one: ReferenceSettings)
     if not vectors and by in ("sha256", "url"):
         raise PlanError(f"{place}: {by} is compared with no reference; image_phash and {EMBEDDING}<name> are")
     wanted, other = ("embeddings", "hashes") if vectors else ("hashes", "embeddings")
-    if getattr(one, wanted) is None or getattr(one, other) is not None:
-        raise PlanError(f"{place}: {by} is compared with a file of {wanted}; write `{wanted}`, and not `{other}`")
+    if [name for name in ("hashes", "embeddings", "images") if getattr(one, name)] not in ([wanted], ["images"]):
+        raise PlanError(
+            f"{place}: {by} is compared with a file of {wanted}, or with images; write `{wanted}` or `images`, and not "
+            f"`{other}`"
+        )
     if vectors and one.threshold is None:
         raise PlanError(f"{place}.threshold: required for embeddings, e.g. 0.45")
     if (vectors and one.radius) or (not vectors and one.threshold is not None):

@@ -35,9 +35,9 @@ from curate.dedup.known import (
 from curate.dedup.near import Pool, group_near, pool_of
 from curate.dedup.near_hashes import search_hashes
 from curate.dedup.participants import dtype_of, hashes_on, vectors_on
-from curate.dedup.references import keep_reference, read_reference
+from curate.dedup.references import keep_reference, measured_reference, read_reference
 from curate.dedup.released import member_folders, preferred_release
-from curate.dedup.rules import Rule, rules_of, sums_of
+from curate.dedup.rules import Rule, image_references, reference_place, rules_of, sums_of
 from curate.dedup.verdicts import (
     DIRECT,
     GROUP,
@@ -85,10 +85,10 @@ class DedupStep(CrossStep):
 
     def __init__(
         self, rules: Sequence[DedupSettings], tables: Sequence[TableSpec], shards: Sequence[Shard],
-        store: Store | None = None,
+        store: Store | None = None, measured: Mapping[str, str] | None = None,
     ) -> None:  # fmt: skip
         columns = columns_of(tables)
-        self._rules = rules_of(rules, columns)
+        self._rules = rules_of(rules, columns, measured)
         for rule in self._rules:
             check_ordering(rule)
         inputs = inputs_of(_tables(self._rules, columns))
@@ -151,20 +151,27 @@ class DedupStep(CrossStep):
 
 
 def dedup_step(
-    rules: Sequence[DedupSettings], tables: Sequence[TableSpec], shards: Sequence[Shard], store: Store | None = None
-) -> DedupStep:
-    """The step for these rules over these tables. With the store, released rows are preferred.
+    rules: Sequence[DedupSettings], tables: Sequence[TableSpec], shards: Sequence[Shard], store: Store | None = None,
+    measured: Mapping[str, str] | None = None,
+) -> DedupStep:  # fmt: skip
+    """The step for these rules over these tables. With the store, released rows are preferred. `measured`: folder of
+    each reference set that comes as images, by its place in the recipe (`score.reference_images`).
 
     Raises PlanError for an unknown rule or column, or an unreadable reference.
     """
-    return DedupStep(rules, tables, shards, store)
+    return DedupStep(rules, tables, shards, store, measured)
+
+
+def images_to_measure(rules: Sequence[DedupSettings], tables: Sequence[TableSpec]) -> dict[str, tuple[str, str]]:
+    """(images, column of the pool that measures them) of each reference set that comes as images, by its place."""
+    return image_references(rules, columns_of(tables))
 
 
 def _without_paths(rule: DedupSettings) -> dict[str, Any]:
     """Settings that say what is computed: a reference is known by its sum, wherever its file lies."""
     tree = rule.model_dump(mode="json")
     for one in tree["against"]:
-        del one["hashes"], one["embeddings"]
+        del one["hashes"], one["embeddings"], one["images"]
     return tree
 
 
@@ -189,9 +196,12 @@ def _decide(
     if rule.reference is not None:
         path = f"{rule.work}/reference.npz"
         if not store.exists(path):
-            keep_reference(
-                store, path, read_reference(rule.reference, f"dedup.{rule.entry}.against.{rule.reference.name}")
+            found = (
+                measured_reference(store, rule.measured)
+                if rule.measured
+                else read_reference(rule.reference, reference_place(rule))
             )
+            keep_reference(store, path, found)
         counts[f"{rule.kind}: rows asked"] += ask_references(pool, rule, path, _read(rule), map_items)
         candidates, decide = reaching_on, partial(touching, store, path)
     elif rule.semdedup:

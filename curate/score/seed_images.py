@@ -8,13 +8,10 @@ a column of vectors that no image scorer of the recipe writes.
 """
 
 from collections import Counter
-from collections.abc import Iterator, Mapping, Sequence
-from concurrent.futures import ThreadPoolExecutor
-from functools import lru_cache, partial
+from collections.abc import Mapping, Sequence
+from functools import partial
 from hashlib import sha256
-from itertools import islice
-from json import dumps, loads
-from typing import Any
+from json import dumps
 
 import numpy as np
 
@@ -23,18 +20,12 @@ from curate.errors import PlanError
 from curate.image_sets import Piece, images_of, listing, pieces
 from curate.metrics import Ticker
 from curate.schema import Shard
-from curate.score.chunk import Chunk
 from curate.score.columns import vectors_of
-from curate.score.pool_counts import is_pool_count
-from curate.score.registry import build
-from curate.score.run import Runner, prepare
-from curate.score.scorer import ImageScorer
-from curate.score.stage import CPU_ROWS, device_of, specs_of
+from curate.score.measured import Section, measure, packed, scorer_of
+from curate.score.stage import specs_of
 from curate.stage import CrossStep, Map
 from curate.store import Store
 from curate.vectors import get_arrays, put_arrays
-
-Section = Mapping[str, Mapping[str, Any]]
 
 
 class SeedImagesStep(CrossStep):
@@ -45,12 +36,15 @@ class SeedImagesStep(CrossStep):
     def __init__(self, sets: Mapping[str, str], section: Section, by: str, store: Store) -> None:
         """`sets`: name to images; `by`: the pool's column of vectors. Raises PlanError."""
         self._sets = dict(sets)
-        self._section = dumps({name: dict(entry) for name, entry in section.items() if not is_pool_count(entry)})
+        self._section = packed(section)
         self._by = by
         self.folders: dict[str, str] = {}
         if not self._sets:
             return
-        scorer = _scorer_of(self._section, by)
+        try:
+            scorer = scorer_of(self._section, by)
+        except PlanError as error:
+            raise PlanError(f"retrieve.sets: {error}; name files of `embeddings` instead") from None
         scorer.check()
         vectors = specs_of(scorer, [])[-1].fingerprint
         for name, images in self._sets.items():
@@ -86,44 +80,19 @@ def seed_images_step(sets: Mapping[str, str], section: Section, by: str, store: 
     return SeedImagesStep(sets, section, by, store)
 
 
-def _scorer_of(section: str, by: str) -> ImageScorer[Any]:
-    for scorer in build(loads(section)):
-        if isinstance(scorer, ImageScorer) and any(field.name == by for field in scorer.embeddings):
-            return scorer
-    raise PlanError(f"retrieve.sets: no image scorer of this recipe writes {by}; name files of `embeddings` instead")
-
-
-@lru_cache(maxsize=1)
-def _loaded(section: str, by: str) -> ImageScorer[Any]:
-    scorer = _scorer_of(section, by)
-    scorer.load(device_of(scorer))
-    return scorer
-
-
 def _embed(store: Store, section: str, by: str, folder: str, item: tuple[int, Piece]) -> tuple[int, int, int]:
     """(number, vectors, images) of a piece."""
-    number, source = item
+    number, piece = item
     path = f"{folder}/{number:08d}.npz"
     if store.exists(path):  # by a run that was killed
         held = get_arrays(store, path)
         return number, len(held["vectors"]), int(held["images"])
-    scorer, counts = _loaded(section, by), Counter[str]()
-    scorer.begin()
-    runner = Runner([scorer], [], counts)
     parts, images = [], 0
-    with ThreadPoolExecutor(2, "curate-decode") as pool:
-        for data in _batches(data for _, data in images_of(source)):
-            images += len(data)
-            prepared = list(pool.map(lambda one: prepare([scorer], one, None), data))
-            columns = runner.run(Chunk(len(data), list(range(len(data))), texts=[None] * len(data)), prepared)
-            vectors, given = vectors_of(columns[by])
-            parts.append(vectors[given])
-    width = next(field.type.list_size for field in scorer.embeddings if field.name == by)
+    for names, measured in measure(section, by, images_of(piece)):
+        images += len(names)
+        vectors, given = vectors_of(measured)
+        parts.append(vectors[given])
+    width = next(field.type.list_size for field in scorer_of(section, by).embeddings if field.name == by)
     whole = np.concatenate([np.empty((0, width), np.float16), *parts])
     put_arrays(store, path, vectors=whole, images=np.array(images))
     return number, len(whole), images
-
-
-def _batches(images: Iterator[bytes]) -> Iterator[list[bytes]]:
-    while batch := list(islice(images, CPU_ROWS)):
-        yield batch

@@ -2,7 +2,7 @@
 
 import pickle
 import random
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -72,10 +72,11 @@ class VectorPool:
             self.keys += keys
 
     def run(
-        self, *rules: DedupSettings, map_items: Callable[..., Iterator[Any]] = map, store: Store | None = None
-    ) -> tuple[DedupStep, dict[str, int]]:
+        self, *rules: DedupSettings, map_items: Callable[..., Iterator[Any]] = map, store: Store | None = None,
+        measured: Mapping[str, str] | None = None,
+    ) -> tuple[DedupStep, dict[str, int]]:  # fmt: skip
         """Run the step; returns it and its counts."""
-        step = dedup_step(rules, self.tables, self.shards, store)
+        step = dedup_step(rules, self.tables, self.shards, store, measured)
         with progress("dedup", len(self.shards)) as ticker:
             return step, dict(step.run(self.store, self.shards, map_items, ticker))
 
