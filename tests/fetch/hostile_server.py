@@ -19,7 +19,7 @@ class Request:
 
     def __init__(self, head: bytes) -> None:
         lines = head.decode("latin-1").split("\r\n")
-        self.path = lines[0].split(" ")[1]
+        self.path = lines[0].split(" ")[1]  # of a request to a proxy: the whole URL
         self.headers = {}
         for line in lines[1:]:
             name, _, value = line.partition(":")

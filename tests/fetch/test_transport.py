@@ -1,0 +1,172 @@
+"""Through a proxy, over HTTP/2, and what large bodies may hold of the memory."""
+
+import asyncio
+import socket
+import ssl
+import subprocess
+import threading
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+from hypercorn.asyncio import serve
+from hypercorn.config import Config
+from pydantic import ValidationError
+
+from curate.config import FetchSettings
+from curate.errors import PlanError
+from curate.fetch.answer import LARGE_AT_ONCE, LARGE_BYTES
+from curate.fetch.downloader import check_settings
+from tests.fetch.conftest import Fetch
+from tests.fetch.hostile_server import HostileServer, Request, answer
+
+
+@pytest.fixture
+def certificate(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> tuple[str, str]:
+    """(certificate, key) of 127.0.0.1 and far.example, which this process trusts and nothing else."""
+    files = (str(tmp_path / "cert.pem"), str(tmp_path / "key.pem"))
+    command = ["openssl", "req", "-x509", "-newkey", "ec", "-pkeyopt", "ec_paramgen_curve:prime256v1", "-nodes"]
+    names = ["-subj", "/CN=x", "-addext", "subjectAltName=IP:127.0.0.1,DNS:far.example"]
+    made = subprocess.run([*command, *names, "-out", files[0], "-keyout", files[1]], capture_output=True, check=False)
+    if made.returncode:
+        pytest.skip("no openssl command here to make a certificate with")
+    monkeypatch.setenv("SSL_CERT_FILE", files[0])
+    monkeypatch.setenv("SSL_CERT_DIR", str(tmp_path / "none"))
+    return files
+
+
+def _tls(certificate: tuple[str, str]) -> ssl.SSLContext:
+    context = ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER)
+    context.load_cert_chain(*certificate)
+    return context
+
+
+def test_a_proxy_is_used_where_the_recipe_names_one(
+    server: HostileServer, decoy: HostileServer, jpeg: bytes, fetch: Fetch, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Names are looked up here although only the proxy can; or its password goes to the servers behind it."""
+    monkeypatch.setenv("CURATE_PROXY_CREDENTIALS", "me:secret")
+    monkeypatch.setenv("http_proxy", decoy.base)
+    for name in ("far", "moved"):
+        target = answer(b"", "302 Found", "Location: http://169.254.169.254/x")
+        server.static(f"http://{name}.example/a.jpg", answer(jpeg) if name == "far" else target)
+    urls = ["http://far.example/a.jpg", "http://moved.example/a.jpg", "http://10.0.0.1/a.jpg", "http://dead.example/"]
+    outcomes = fetch(urls, proxy=server.base, contact="who@example.org")
+    assert [outcome.status for outcome in outcomes] == ["ok", "blocked_address", "blocked_address", "http_4xx"]
+    assert server.asked["http://far.example/robots.txt"] == 1
+    assert all(request.headers["proxy-authorization"].startswith("Basic ") for request in server.seen)
+    direct = fetch([server.static("/direct.jpg", answer(jpeg))])
+    assert direct[0].status == "ok" and "proxy-authorization" not in server.seen[-1].headers
+
+
+def test_a_proxy_tunnels_tls(
+    server: HostileServer, jpeg: bytes, fetch: Fetch, certificate: tuple[str, str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The proxy's own `200 Connection established` is taken for the picture's headers; its password goes further."""
+    monkeypatch.setenv("CURATE_PROXY_CREDENTIALS", "me:secret")
+    far = HostileServer(tls=_tls(certificate))
+    far.static("/a.jpg", answer(jpeg))
+    far.static("/opted.jpg", answer(jpeg, "200 OK", "X-Robots-Tag: noai"))
+    tunnels = []
+
+    async def serve_one(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+        tunnels.append((await reader.readuntil(b"\r\n\r\n")).decode())
+        inner, outer = await asyncio.open_connection("127.0.0.1", far.port)
+        writer.write(b"HTTP/1.1 200 Connection established\r\nX-Robots-Tag: noai\r\n\r\n")
+
+        async def pump(source: asyncio.StreamReader, target: asyncio.StreamWriter) -> None:
+            while part := await source.read(65536):
+                target.write(part)
+            target.close()
+
+        await asyncio.gather(pump(reader, outer), pump(inner, writer), return_exceptions=True)
+
+    listening = asyncio.run_coroutine_threadsafe(asyncio.start_server(serve_one, "127.0.0.1", 0), server._loop).result(
+        5
+    )
+    port = listening.sockets[0].getsockname()[1]
+    urls = ["https://far.example/a.jpg", "https://far.example/opted.jpg"]
+    outcomes = fetch(urls, proxy=f"http://127.0.0.1:{port}", contact="who@example.org", robots=False)
+    assert [outcome.status for outcome in outcomes] == ["ok", "opted_out"], outcomes
+    assert tunnels and all(text.startswith("CONNECT far.example:443 ") for text in tunnels)
+    assert all("Proxy-Authorization: Basic" in text for text in tunnels)
+    assert not any("proxy-authorization" in request.headers for request in far.seen)
+    far.close()
+
+
+def test_a_proxy_in_the_plan() -> None:
+    """A password lands in the recipe, and so in every release; or the other engine asks without the proxy."""
+    with pytest.raises(ValidationError, match="pattern"):
+        FetchSettings(proxy="http://me:secret@127.0.0.1:3128")
+    with pytest.raises(PlanError, match=r"fetch\.proxy"):
+        check_settings(FetchSettings(proxy="http://127.0.0.1:3128", engine="img2dataset", contact="who@example.org"))
+
+
+@pytest.fixture
+def two(certificate: tuple[str, str], jpeg: bytes) -> Iterator[tuple[str, list[dict[str, Any]]]]:
+    """A server that speaks HTTP/2 over TLS: its base URL, and the requests that it has seen."""
+    seen: list[dict[str, Any]] = []
+
+    async def application(scope: dict[str, Any], receive: Any, send: Any) -> None:
+        if scope["type"] != "http":
+            return
+        seen.append(scope)
+        headers = [(b"content-length", b"%d" % len(jpeg))]
+        if scope["path"] == "/opted.jpg":
+            headers += [(b"x-robots-tag", b"all"), (b"x-robots-tag", b"noimageai")]
+        status = 404 if scope["path"] in ("/gone.jpg", "/robots.txt") else 200
+        await send({"type": "http.response.start", "status": status, "headers": headers})
+        await send({"type": "http.response.body", "body": jpeg})
+
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        port = probe.getsockname()[1]
+    config = Config.from_mapping(bind=f"127.0.0.1:{port}", certfile=certificate[0], keyfile=certificate[1],
+                                 alpn_protocols=["h2"], accesslog=None, errorlog=None)  # fmt: skip
+    loop, ended = asyncio.new_event_loop(), asyncio.Event()
+    running = loop.create_task(serve(application, config, shutdown_trigger=ended.wait))  # type: ignore[arg-type]
+    thread = threading.Thread(target=loop.run_until_complete, args=(running,))
+    thread.start()
+    for _ in range(200):
+        with socket.socket() as probe:
+            if probe.connect_ex(("127.0.0.1", port)) == 0:
+                break
+        threading.Event().wait(0.02)
+    yield f"https://127.0.0.1:{port}", seen
+    loop.call_soon_threadsafe(ended.set)
+    thread.join(10)
+    loop.close()
+
+
+def test_http_2_over_tls(two: tuple[str, list[dict[str, Any]]], fetch: Fetch) -> None:
+    """A server that offers HTTP/2 is asked over a connection for each picture, or its headers are not read."""
+    base, seen = two
+    urls = [f"{base}/{number}.jpg" for number in range(30)] + [f"{base}/gone.jpg", f"{base}/opted.jpg"]
+    outcomes = fetch(urls, per_host=8)
+    assert [outcome.status for outcome in outcomes] == [*["ok"] * 30, "http_4xx", "opted_out"]
+    assert {scope["http_version"] for scope in seen} == {"2"} and len(seen) == 33
+    assert len({scope["client"] for scope in seen}) <= 2
+
+
+def test_large_bodies_wait_for_their_turn(server: HostileServer, jpeg: bytes, fetch: Fetch) -> None:
+    """A host of large files fills the memory; or a body that waited for its turn is cut, doubled or called slow."""
+    started = finished = most = 0
+    body = jpeg + bytes(3 * LARGE_BYTES)
+
+    async def large(request: Request, writer: asyncio.StreamWriter) -> None:
+        nonlocal started, finished, most
+        started += 1
+        most = max(most, started - finished)
+        writer.write(answer(b"", length=len(body)) + body[: 2 * LARGE_BYTES])
+        await asyncio.sleep(0.2)
+        writer.write(body[2 * LARGE_BYTES :])
+        await writer.drain()
+        finished += 1
+
+    base = server.route("/large/*", large)
+    urls = [f"{base}{number}.jpg" for number in range(3 * LARGE_AT_ONCE)]
+    outcomes = fetch(urls, per_host=64, robots=False, timeout_s=3.0, first_byte_timeout_s=3.0)
+    assert [outcome.status for outcome in outcomes] == ["ok"] * len(urls), [outcome.error for outcome in outcomes]
+    assert {outcome.original_bytes for outcome in outcomes} == {len(body)}
+    assert most > LARGE_AT_ONCE, "none had to wait: this test has shown nothing"
