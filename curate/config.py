@@ -186,7 +186,7 @@ class RetrieveSettings(Settings):
     codes: Annotated[str, Field(pattern="^(SQ[468]|PQ[1-9][0-9]*)$")] | None = None  # search FAISS codes of the pool;
     rerank: Positive = 8  # of each seed's neighbours by code, so many times k are then compared exactly
     count_once: bool = False  # LVD-142M counts an image as often as seeds found it
-    recall_seeds: Annotated[int, Field(ge=0)] = 100  # of each sample set, compared with an exact search
+    recall_seeds: Positive = 100  # of each sample set, compared with an exact search in every run
     seed: Seed = 0
 
     @field_validator("sets")

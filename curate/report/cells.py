@@ -1,4 +1,5 @@
-"""The pool's cells as people see them: how widely each subset is spread, and pictures of large and of usual cells.
+"""The pool's cells and seed sets as people see them: how widely each subset is spread, which seed sets retrieved it,
+and pictures of large and of usual cells.
 
 The effective number of cells is exp of the entropy of a subset's rows over them: as many equally filled cells would be
 as diverse. Pictures are those nearest to the centroid.
@@ -34,6 +35,21 @@ def cells_html(store: Store, connection: duckdb.DuckDBPyConnection, members: Seq
         ).fetchall()  # fmt: skip
         pictures = [Picture({"tar": tar, "offset": at, "length": size}, text or "") for tar, at, size, text in nearest]
         yield f"<div class=group>cell {cell}: {rows:,} rows{gallery(store, pictures)}</div>"
+
+
+def sets_html(connection: duckdb.DuckDBPyConnection, members: Sequence[str]) -> Iterator[str]:
+    """For the pool and each subset, rows that each seed set retrieved and their share of its retrieved rows; a row that
+    several sets retrieve counts for each. The view `rows` must have the column retrieved_by."""
+    yield "<h2>Seed sets</h2><table><tr><th>rows<th>seed set<th>retrieved by it<th>of those retrieved"
+    for name in ("the pool", *members):
+        where = "is_retrieved" if name == "the pool" else f"is_retrieved AND {quoted(name)}"
+        (whole,) = connection.execute(f"SELECT count(*) FROM rows WHERE {where}").fetchone() or (0,)
+        each = f"SELECT unnest(retrieved_by) AS one FROM rows WHERE {where}"
+        sets = connection.execute(f"SELECT one, count(*) FROM ({each}) GROUP BY 1 ORDER BY 2 DESC, 1").fetchall()
+        for one, rows in sets:
+            told = f"<td>{escape(one)}<td class=n>{rows:,}<td class=n>{100 * rows / whole:.1f} %"
+            yield f"<tr><td>{escape(name.removeprefix(MEMBER))}{told}"
+    yield "</table>"
 
 
 def _spread(connection: duckdb.DuckDBPyConnection, name: str, where: str) -> str:

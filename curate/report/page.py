@@ -13,7 +13,7 @@ import pyarrow as pa
 
 from curate.catalog import open_catalog, quoted, views_of
 from curate.report.agreement import Agreement, agreement, agreement_html
-from curate.report.cells import cells_html
+from curate.report.cells import cells_html, sets_html
 from curate.report.copies import copies_html
 from curate.report.funnel import MEMBER, Line, funnel
 from curate.report.pictures import STYLE, Picture, gallery
@@ -41,6 +41,8 @@ def write_page(store: Store, tables: Sequence[TableSpec], shards: Sequence[str])
                 body += list(_subset(store, connection, name))
             if "cells" in views:
                 body += list(cells_html(store, connection, members))
+            if "retrieved" in views:
+                body += list(sets_html(connection, members))
             if "duplicates" in views:
                 body += list(copies_html(store, connection, tables))
     return f"<!doctype html><meta charset=utf-8><title>curate</title><style>{STYLE}</style>" + "\n".join(body)

@@ -289,7 +289,7 @@ def test_embedded_images_retrieve_as_a_file_of_their_vectors(tmp_path: Path) -> 
     found = []
     for update in ({"images": "folder"}, {"embeddings": str(tmp_path / "same.npy")}):
         one = SeedSet.model_validate({"name": "set", "how": "sample", "k": 3, "nprobe": 10, **update})
-        step = retrieve_step(RetrieveSettings(sets=[one], recall_seeds=0), cells, {"set": "_seeds/x"})
+        step = retrieve_step(RetrieveSettings(sets=[one]), cells, {"set": "_seeds/x"})
         go(step, store, shards)
         found.append((rows_of(store, step.tables[0], shards), step.report(store)))
     assert found[0] == found[1]
