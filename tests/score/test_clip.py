@@ -64,13 +64,12 @@ def test_sigmoid_models_give_their_probability(tmp_path: Path) -> None:
     folder = tiny_clip(tmp_path, sigmoid=True)
     scorer = loaded(folder)
     assert [field.name for field in scorer.fields] == ["clip_similarity_tiny", "clip_probability_tiny"]
-    pair = scorer.prepare(pictures(1)[0], "a cat")
-    columns = scorer.score([pair, scorer.prepare(pictures(1)[0], None)])
-    model = scorer.model._model
+    item = pictures(1)[0]
+    columns = scorer.score([scorer.prepare(item, "a cat"), scorer.prepare(item, None)])
+    model, _, preprocess = open_clip.create_model_and_transforms(f"local-dir:{folder}")
+    tokens = open_clip.get_tokenizer(f"local-dir:{folder}")(["a cat"])
     with torch.inference_mode():
-        image = torch.from_numpy(columns["clip_tiny_image"][0])[None]
-        text = torch.from_numpy(columns["clip_tiny_text"][0])[None]
-        logit = image @ text.T * model.logit_scale.exp() + model.logit_bias
+        (logit,) = model.eval().get_logits(preprocess(item.image)[None], tokens)[0]
     assert columns["clip_probability_tiny"][0] == pytest.approx(float(torch.sigmoid(logit)), rel=1e-5)
     assert columns["clip_probability_tiny"][1] is None
 

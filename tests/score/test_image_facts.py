@@ -3,6 +3,7 @@
 import cv2
 import numpy as np
 import pytest
+from PIL import Image
 
 from curate.score.image_facts import COLUMNS, image_facts
 
@@ -27,7 +28,10 @@ def test_definitions() -> None:
     assert got["sharpness"] == pytest.approx((around - 4 * grey).var(), rel=1e-5)
     counts = np.unique(grey, return_counts=True)[1] / grey.size
     assert got["entropy"] == pytest.approx(-(counts * np.log2(counts)).sum(), rel=1e-5)
+    assert got["entropy"] == pytest.approx(Image.fromarray(grey.astype(np.uint8)).entropy(), rel=1e-5)
     assert got["contrast"] == pytest.approx(grey.std() / 255, rel=1e-5)
+    near = np.abs(picture - np.median(picture, axis=(0, 1))).max(axis=2) <= 8
+    assert got["flat_share"] == pytest.approx(near.mean(), rel=1e-5)
     spread = picture.max(axis=2).astype(float) - picture.min(axis=2)
     assert got["chroma"] == pytest.approx(spread.mean() / 255, rel=1e-5)
 

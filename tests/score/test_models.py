@@ -14,7 +14,7 @@ from PIL import Image
 from safetensors.torch import save_file
 from torchvision import transforms
 from transformers import (
-    AutoImageProcessor,
+    BitImageProcessor,
     Dinov2Config,
     Dinov2Model,
     ViTConfig,
@@ -73,18 +73,20 @@ def test_hf_classifier_is_the_pipeline(tmp_path: Path) -> None:
 
 
 def test_hf_embed_is_the_class_token(tmp_path: Path) -> None:
-    """Guards against a pooled or unnormalised feature where DINOv2's card says the class token."""
+    """Guards against a pooled or unnormalised feature where DINOv2's card says the class token, and against another
+    preprocessing than its own (shorter side, centre cut): transformers' pipeline on the same pictures."""
     torch.manual_seed(0)
     config = Dinov2Config(hidden_size=16, num_hidden_layers=2, num_attention_heads=2, image_size=28, patch_size=14)
-    model = Dinov2Model(config).eval()
-    model.save_pretrained(tmp_path)
-    processor(tmp_path, 28)
+    Dinov2Model(config).eval().save_pretrained(tmp_path)
+    sizes = {"size": {"shortest_edge": 32}, "crop_size": {"height": 28, "width": 28}}
+    BitImageProcessor(**sizes, resample=3).save_pretrained(tmp_path)
     items = pictures(3)
     found = scored({"scorer": "hf_embed", "model": str(tmp_path)}, items)["x_image"]
-    inputs = AutoImageProcessor.from_pretrained(tmp_path)(images=[item.rgb for item in items], return_tensors="pt")
-    with torch.inference_mode():
-        token = model(**inputs).pooler_output
-    assert np.allclose(found, torch.nn.functional.normalize(token, dim=-1).numpy(), atol=1e-5)
+    features = pipeline("image-feature-extraction", model=str(tmp_path))([item.rgb for item in items])
+    tokens = np.stack([np.asarray(one[0][0]) for one in features])
+    assert np.allclose(found, tokens / np.linalg.norm(tokens, axis=1, keepdims=True), atol=1e-5)
+    fast = scored({"scorer": "hf_embed", "model": str(tmp_path), "preprocess": "fast"}, items)["x_image"]
+    assert np.allclose(fast, found, atol=1e-5)
 
 
 def test_timm_models(tmp_path: Path) -> None:
