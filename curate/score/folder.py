@@ -80,12 +80,14 @@ def score_folder(
     table is returned. `entries` are a recipe's own `score:` section. Raises PlanError or WeightsError before a file is
     read, SourceError when there is nothing to score.
     """
+    if not with_:
+        raise PlanError("--with: name at least one scorer or column, e.g. text_density")
     choice = choose(with_, entries)
     scorers = build(choice.section)
     for scorer in scorers:
         scorer.check()
-    if out is not None and Path(out).suffix not in (".parquet", ".csv"):
-        raise PlanError(f"--out {out}: write to .parquet or .csv")
+    if out is not None and (Path(out).suffix not in (".parquet", ".csv") or Path(out).is_dir()):
+        raise PlanError(f"--out {out}: write to a file, .parquet or .csv")
     files = _gather([Path(path) for path in paths], None if captions is None else Path(captions))
     fields = {f.name: f for scorer in scorers for f in (*scorer.fields, *scorer.embeddings)}
     schema = pa.schema(
@@ -193,17 +195,21 @@ def _captions(file: Path) -> dict[str, str | None]:
 
 
 class _Writer:
-    """A Parquet or CSV file that grows batch by batch; nothing when there is no file to write."""
+    """A Parquet or CSV file that grows batch by batch under a hidden name, and gets its own when all is written.
+
+    Nothing when there is no file to write. An earlier file stays as it was when this one is not finished.
+    """
 
     def __init__(self, out: Path | str | None, schema: pa.Schema) -> None:
         self._out, self._schema = None if out is None else Path(out), schema
+        self._growing = None if self._out is None else self._out.with_name(f".{self._out.name}.{os.getpid()}")
         self._writer: Any = None
 
     def __enter__(self) -> "_Writer":
         if self._out is not None:
             self._out.parent.mkdir(parents=True, exist_ok=True)
             known = pq.ParquetWriter if self._out.suffix == ".parquet" else pc.CSVWriter
-            self._writer = known(self._out, _flat(self._schema) if known is pc.CSVWriter else self._schema)
+            self._writer = known(self._growing, _flat(self._schema) if known is pc.CSVWriter else self._schema)
         return self
 
     def write(self, table: pa.Table) -> None:
@@ -211,9 +217,14 @@ class _Writer:
         if self._writer is not None:
             self._writer.write_table(table if isinstance(self._writer, pq.ParquetWriter) else _as_text(table))
 
-    def __exit__(self, *failure: object) -> None:
-        if self._writer is not None:
-            self._writer.close()
+    def __exit__(self, failure: type[BaseException] | None, *rest: object) -> None:
+        if self._writer is None or self._growing is None or self._out is None:
+            return
+        self._writer.close()
+        if failure is None:
+            self._growing.replace(self._out)
+        else:
+            self._growing.unlink(missing_ok=True)
 
 
 def _flat(schema: pa.Schema) -> pa.Schema:

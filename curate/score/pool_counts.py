@@ -27,12 +27,13 @@ from curate.stage import CrossStep, Map
 from curate.store import Store
 
 COUNTED = {"text_count": "text", "url_count": "url"}  # scorer, whose column has its name: what is counted
+POOL_COUNTS = (*COUNTED, RareWordsStep.name)
 COUNT = pa.field("count_", pa.int64())
 
 
 def is_pool_count(entry: Mapping[str, Any]) -> bool:
     """Whether an entry of `score:` is counted across shards rather than scored shard by shard."""
-    return entry.get("scorer") in (*COUNTED, RareWordsStep.name)
+    return entry.get("scorer") in POOL_COUNTS
 
 
 def pool_count_steps(

@@ -70,7 +70,9 @@ def require(name: str, where: str) -> Path:
         weight = named(name)
         how = f"`curate weights pull {name}`" if weight.url or weight.hub else weight.note
         own = "set CURATE_WEIGHTS to its folder" if weight.sha256 or weight.url else "name a file of your own"
-        raise WeightsError(f"{where}: {name} is not on this machine; {how}, or {own}")
+        lost = [str(folder) for folder in _given() if not folder.is_dir()]
+        told = f" (CURATE_WEIGHTS: no folder {', '.join(lost)})" if lost else ""
+        raise WeightsError(f"{where}: {name} is not on this machine; {how}, or {own}{told}")
     return found
 
 
@@ -82,8 +84,11 @@ def in_hub_cache(repository: str, file: str) -> Path | None:
 
 def folders() -> list[Path]:
     """Where files are looked for by content."""
-    given = [Path(part).expanduser() for part in os.environ.get("CURATE_WEIGHTS", "").split(os.pathsep) if part]
-    return [folder for folder in (*given, _pulled()) if folder.is_dir()]
+    return [folder for folder in (*_given(), _pulled()) if folder.is_dir()]
+
+
+def _given() -> list[Path]:
+    return [Path(part).expanduser() for part in os.environ.get("CURATE_WEIGHTS", "").split(os.pathsep) if part]
 
 
 def ls() -> list[Held]:

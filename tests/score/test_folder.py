@@ -2,6 +2,7 @@
 
 import csv
 import os
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 import imagehash
@@ -13,6 +14,9 @@ from PIL import Image
 
 from curate.errors import PlanError, SourceError, WeightsError
 from curate.score.folder import score_folder
+from curate.score.phash import PhashScorer
+from curate.score.registry import SCORERS
+from curate.score.scorer import Values
 from tests.score.tiny import encoded, picture, tiny_clip
 
 SHARED = os.environ.get("CURATE_SHARED")
@@ -76,13 +80,37 @@ def test_mistakes_are_told_before_any_file(folder: Path, tmp_path: Path, monkeyp
         score_folder([folder], ["num_faces"])
     with pytest.raises(WeightsError, match="clip-vit-l14-openai"):
         score_folder([folder], ["aesthetic"])
-    with pytest.raises(PlanError, match=r"write to \.parquet or \.csv"):
-        score_folder([folder], ["phash"], out="scores.json")
+    (tmp_path / "folder.parquet").mkdir()
+    for wrong in ("scores.json", tmp_path / "folder.parquet"):
+        with pytest.raises(PlanError, match=r"write to a file, \.parquet or \.csv"):
+            score_folder([folder], ["phash"], out=wrong)
+    with pytest.raises(PlanError, match="name at least one scorer"):
+        score_folder([folder], [])
+    with pytest.raises(PlanError, match="text_count: is counted over a whole pool"):
+        score_folder([folder], ["text_count"])
     with pytest.raises(SourceError, match="no such file or folder"):
         score_folder([folder / "none"], ["phash"])
     with pytest.raises(SourceError, match="expected the columns file and caption, found path"):
         (tmp_path / "c.csv").write_text("path,other\na,b\n")
         score_folder([folder], ["phash"], captions=tmp_path / "c.csv")
+
+
+def test_an_unfinished_file_replaces_none(folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Guards against half a table that looks whole after a scorer failed, and hidden remains beside it."""
+    out = tmp_path / "out" / "scores.parquet"
+    score_folder([folder / "000.png"], ["phash"], out=out)
+    before = out.read_bytes()
+    monkeypatch.setitem(SCORERS, "phash", Broken)
+    with pytest.raises(ValueError, match="not one"):
+        score_folder([folder], ["phash"], out=out)
+    assert out.read_bytes() == before and list(out.parent.iterdir()) == [out]
+
+
+class Broken(PhashScorer):
+    """Fails on every picture."""
+
+    def score(self, prepared: Sequence[str]) -> Mapping[str, Values]:
+        raise ValueError("not one")
 
 
 @pytest.mark.skipif(SHARED is None, reason="CURATE_SHARED is not set: no real images and weights here")

