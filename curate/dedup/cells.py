@@ -32,6 +32,7 @@ ONE_CELL = 5  # all with all is cheaper, and exact, up to this many times ROWS_P
 SAMPLE_PER_CELL = 128  # training rows; faiss warns below 39
 SPLIT_ABOVE = 4  # a cell that would hold this many times ROWS_PER_CELL is split
 SPLIT_ROUNDS = 3
+TIES_AT_ONCE = 256  # rows decided in float64
 
 
 @dataclass(frozen=True)
@@ -114,7 +115,7 @@ def train_cells(
 def assign_cells(
     vectors: VectorArray, centres: FloatArray, probes: int = PROBES, *, device: str | None = None
 ) -> tuple[CellArray, FloatArray]:
-    """Find each vector's nearest cells.
+    """Find each vector's nearest cells: the same ones on every device.
 
     Args:
         vectors: float16 or float32 [N, d].
@@ -134,10 +135,16 @@ def assign_cells(
     nearness = np.zeros((len(vectors), p), np.float32)
     for start in range(0, len(vectors), 1 << 14):
         block = Block(vectors[start : start + (1 << 14)], 0.0, device, cut=False)
-        product = block.heads @ torch.from_numpy(centres).to(block.device).T
-        near, which = product.topk(p, dim=1)
-        cells[start + block.rows] = which.int().cpu().numpy()
-        nearness[start + block.rows] = near.cpu().numpy()
+        place = torch.from_numpy(centres).to(block.device)
+        near, which = (block.heads @ place.T).topk(min(p + 1, len(centres)), dim=1)
+        if p < len(centres):  # which of two is in and which out, where float32 cannot tell
+            close = (near[:, p - 1] - near[:, p] <= 2 * block.rounding).nonzero().flatten()
+            for some in torch.split(close, TIES_AT_ONCE):
+                exact = block.wide(block.rows[some.cpu().numpy()]) @ place.double().T
+                which[some, :p] = exact.topk(p, dim=1).indices
+                near[some, :p] = exact.gather(1, which[some, :p]).float()
+        cells[start + block.rows] = which[:, :p].int().cpu().numpy()
+        nearness[start + block.rows] = near[:, :p].cpu().numpy()
     return cells, nearness
 
 

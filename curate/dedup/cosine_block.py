@@ -145,9 +145,9 @@ class Block:
         float64 product are taken, and whatever its rounding could put among them.
         """
         mine, others = self.rows[start:][which.cpu().numpy()], self.rows[first:]
-        wide = self._wide(mine)
+        wide = self.wide(mine)
         parts = np.array_split(others, -(-len(others) // CACHED_ROWS))
-        product = torch.cat([wide @ self._wide(part).T for part in parts], dim=1)
+        product = torch.cat([wide @ self.wide(part).T for part in parts], dim=1)
         if start >= first:
             product[torch.arange(len(which)), which + (start - first)] = -4
         least, most = (product - SUM_ROUNDING).float(), (product + SUM_ROUNDING).float()
@@ -160,7 +160,7 @@ class Block:
         hits = (near & (most > self.threshold.item())).nonzero()
         return torch.stack([which[hits[:, 0]], hits[:, 1]], dim=1)
 
-    def _wide(self, rows: IntArray) -> torch.Tensor:
+    def wide(self, rows: IntArray) -> torch.Tensor:
         """float64[len(rows), d], normalised, of rows of the given vectors."""
         at = torch.from_numpy(rows).to(self.device)
         return self.given[at].double() * self.scale[at, None]

@@ -178,6 +178,18 @@ def test_cells_find_planted_pairs_and_say_how_many() -> None:
     assert 0 < recall.lower < recall.rate
 
 
+@pytest.mark.parametrize("probes", [1, 3])
+def test_cells_equally_near_in_float32_are_told_apart(probes: int) -> None:
+    """Rows in one cell on a GPU and in another on a CPU, whose sums are rounded in another order."""
+    draw = np.random.default_rng(0)
+    centres = draw.standard_normal((6, 200)).repeat(4, axis=0).astype(np.float32)
+    centres += 1e-6 * draw.standard_normal(centres.shape).astype(np.float32)
+    vectors = (centres[draw.integers(0, 24, 300)] + 0.1 * draw.standard_normal((300, 200))).astype(np.float16)
+    wide = vectors.astype(np.float64)
+    nearest = np.argsort(-(wide @ centres.astype(np.float64).T), axis=1)[:, :probes]
+    np.testing.assert_array_equal(np.sort(assign_cells(vectors, centres, probes)[0]), np.sort(nearest))
+
+
 def test_a_cell_that_would_hold_too_many_is_split() -> None:
     """One dense region in one cell that memory cannot hold."""
     draw = np.random.default_rng(0)
