@@ -123,7 +123,9 @@ class DedupSettings(Settings):
     form: Literal["threshold", "dinov2", "semdedup"] = "threshold"  # of embedding_<name>
     neighbours: Positive = 64  # of the form dinov2: edges from a row to its nearest, above 0.6 unless `threshold` says
     eps: Annotated[float, Field(ge=0, le=1)] | None = None  # of the form semdedup: redundant above cosine 1 - eps
-    cells: Positive | None = None  # of the form semdedup; None: one for each 8,800 rows, as on LAION-440M
+    # pool: those of the section `cells`, trained before, for any form; a number: of the form semdedup, where None means
+    # one for each 8,800 rows, as on LAION-440M
+    cells: Positive | Literal["pool"] | None = None
     within: bool = True  # False: compare with `against` only
     against: list[ReferenceSettings] = []  # in this order, after the pool's own copies
     prefer_released: bool = True  # rows of the last release come first, whatever `keep` says

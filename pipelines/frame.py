@@ -9,12 +9,13 @@ from collections.abc import Callable, Sequence
 from curate.dedup.step import dedup_step, images_to_measure
 from curate.emit.step import emit_step
 from curate.engine.job import Job
+from curate.errors import ConfigError
 from curate.fetch.stage import fetch_stage
 from curate.ingest.adopt import adopt_stage, joined_stage
 from curate.ingest.features import adopt_features_stage
 from curate.ingest.step import ingest_step
 from curate.report.sets import print_sets
-from curate.retrieve.step import CellsStep, retrieve_step
+from curate.retrieve.step import CellsStep, centroids_step, retrieve_step
 from curate.schema import TableSpec
 from curate.score.pool_counts import pool_count_steps
 from curate.score.reference_images import reference_images_step
@@ -71,9 +72,21 @@ def find_copies(job: Job, tables: list[TableSpec]) -> list[TableSpec]:
     references = reference_images_step(images_to_measure(job.recipe.dedup, tables), job.recipe.score)
     if references.folders:
         job.across(references)
-    duplicates = dedup_step(job.recipe.dedup, tables, job.shards, job.store, references.folders)
+    centroids = pool_cells(job, tables)
+    duplicates = dedup_step(job.recipe.dedup, tables, job.shards, job.store, references.folders, centroids)
     job.across(duplicates)
     return list(duplicates.tables)
+
+
+def pool_cells(job: Job, tables: list[TableSpec]) -> tuple[str, str] | None:
+    """Column and file of the section `cells`, trained first where a rule of dedup compares in them, too."""
+    if all(rule.cells != "pool" for rule in job.recipe.dedup):
+        return None
+    if job.recipe.cells is None:
+        raise ConfigError("dedup.cells: pool: there is no section `cells`")
+    trained = centroids_step(job.recipe.cells, job.store, tables, job.shards)
+    job.across(trained)
+    return trained.by, trained.path
 
 
 def retrieve_sets(job: Job, cells: CellsStep) -> list[TableSpec]:

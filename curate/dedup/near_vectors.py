@@ -7,7 +7,8 @@ all of the pool, so new rows move the cells, and with them who is ranked against
 
 A partition is a run of cells; a row enters it once, with its vector, however many of its cells lie there. Inside a cell
 the search is exact (`cosine`), and pairs that share no cell are missed: `measure_pool` says how many. A pool of up to
-40,000 rows is one cell, exact.
+40,000 rows is one cell, exact. With `cells: pool` the cells are those that retrieval searches; comparing takes longer
+in proportion to the rows of a cell, and retrieval's 10,000 are 60,000 with visitors, where a rule's own are 8,000.
 
 Rows of equal bytes are folded into the first of them before they are dealt and again while a partition is read, so a
 placeholder image that is half of the pool is held once. Three forms (RECIPES 2 and 5), each the published algorithm
@@ -263,9 +264,13 @@ def founding_shards(shards: Sequence[Shard]) -> Sequence[Shard]:
 
 
 def search_vectors(
-    pool: Pool, founding: Pool, form: Form, threshold: float, neighbours: int, cells: int | None, width: int, dtype: str
-) -> VectorSearch:
-    """The search for this pool. Writes its cells and the sample that recall is measured on, unless they are there."""
+    pool: Pool, founding: Pool, form: Form, threshold: float, neighbours: int, cells: int | str | None, width: int,
+    dtype: str,
+) -> VectorSearch:  # fmt: skip
+    """The search for this pool. Writes its cells and the sample that recall is measured on, unless they are there.
+
+    `cells`: how many (SemDeDup), the file of the pool's own, or None: as many as comparing is cheapest in.
+    """
     path = pool.place("cells.npz")
     size = np.dtype(dtype).itemsize * width
     if not pool.store.exists(pool.place("sample.npz")):
@@ -302,12 +307,15 @@ def _recall_sample(pool: Pool, width: int, dtype: str) -> dict[str, npt.NDArray[
 
 
 def _train(
-    founding: Pool, rows: int, form: Form, cells: int | None, width: int, dtype: str
+    founding: Pool, rows: int, form: Form, cells: int | str | None, width: int, dtype: str
 ) -> tuple[npt.NDArray[np.float32], VectorArray]:
     """Cells for a pool of so many rows, and the different vectors of its founders that they were trained on."""
     probes = 1 if form == "semdedup" else PROBES
     rows_per_cell = PUBLISHED_ROWS_PER_CELL if form == "semdedup" else ROWS_PER_CELL
     expected = rows if form == "semdedup" else founding.rows * 3 // 2  # between two doublings
+    if isinstance(cells, str):
+        given = get_arrays(founding.store, cells)["centroids"]
+        return given, _draw(founding, min(len(given) * SAMPLE_PER_CELL, SAMPLE_BYTES // (4 * width)), width, dtype)[0]
     count = cells or max(1, round(expected * probes / rows_per_cell))
     wanted = max(RECALL_ROWS, min(count * SAMPLE_PER_CELL, SAMPLE_BYTES // (4 * width)))
     vectors, _, share = _draw(founding, wanted, width, dtype)

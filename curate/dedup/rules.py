@@ -44,6 +44,7 @@ class Rule:
         work: the rule's folder.
         measured: folder of the reference's images, measured (`_references`); empty where it comes as a file.
         released: folders of the last release's members, whose rows come first.
+        centroids: file of the pool's cells in which the rule compares; empty where it places its own.
     """
 
     number: int
@@ -56,6 +57,7 @@ class Rule:
     measured: str = ""
     work: str = ""
     released: tuple[str, ...] = ()
+    centroids: str = ""
 
     @property
     def kind(self) -> str:
@@ -127,9 +129,11 @@ def image_references(settings: Sequence[DedupSettings], columns: Mapping[str, Co
 
 
 def rules_of(
-    settings: Sequence[DedupSettings], columns: Mapping[str, Column], measured: Mapping[str, str] | None = None
-) -> list[Rule]:
-    """The rules of these entries; `measured` as `Rule` has it, by the reference's place in the recipe.
+    settings: Sequence[DedupSettings], columns: Mapping[str, Column], measured: Mapping[str, str] | None = None,
+    centroids: tuple[str, str] | None = None,
+) -> list[Rule]:  # fmt: skip
+    """The rules of these entries; `measured` as `Rule` has it, by the reference's place in the recipe; `centroids`: the
+    column and the file of the pool's cells.
 
     Raises PlanError for an unknown kind, column or setting.
     """
@@ -139,6 +143,11 @@ def rules_of(
         place = f"dedup.{number}"
         values = _values(place, entry, columns)
         _check(place, entry)
+        shared = ""
+        if entry.cells == "pool" and centroids is not None:
+            by, shared = centroids
+            if (by,) != values:
+                raise PlanError(f"{place}.cells: pool: the section `cells` is of {by}, and {entry.by} of {values[0]}")
         try:
             keep = tuple(names_in(entry.keep, schema))
         except PlanError as error:
@@ -148,7 +157,8 @@ def rules_of(
             raise PlanError(f"{place}.within: false leaves nothing to compare; name a set in `against`")
         for one in references:
             rule = Rule(len(rules), number, entry, one, columns, values, keep)
-            rules.append(replace(rule, measured=(measured or {}).get(reference_place(rule), "")))
+            held = (measured or {}).get(reference_place(rule), "")
+            rules.append(replace(rule, measured=held, centroids=shared))
     return rules
 
 
@@ -218,7 +228,7 @@ def _check(place: str, entry: DedupSettings) -> None:
         raise PlanError(f"{place}.form: {entry.form} is a form of {EMBEDDING}<name>, not of {entry.by}")
     reads = {"semdedup": ("eps", "cells"), "dinov2": ("threshold",), "threshold": ("threshold",)}[entry.form]
     for name in ("threshold", "eps", "cells"):
-        if getattr(entry, name) is not None and not (vectors and name in reads):
+        if getattr(entry, name) not in (None, "pool" if vectors else None) and not (vectors and name in reads):
             raise PlanError(f"{place}.{name}: {entry.by} in the form {entry.form} compares without one; leave it out")
     required = {"semdedup": "eps", "threshold": "threshold"}.get(entry.form)
     if vectors and entry.within and required and getattr(entry, required) is None:

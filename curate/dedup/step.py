@@ -52,17 +52,18 @@ from curate.dedup.verdicts import (
     redundant_on,
     touching,
 )
+from curate.errors import PlanError
 from curate.metrics import Ticker
 from curate.rows import SAMPLES, Column, columns_of, recall_path
 from curate.schema import KEY, Shard, TableSpec, fingerprint, inputs_of, pool_digest
 from curate.stage import CrossStep, Map
 from curate.store import Store
-from curate.vectors import get_arrays
+from curate.vectors import founders, get_arrays
 
 if TYPE_CHECKING:
     from curate.dedup.cells import Recall
 
-VERSION = 4
+VERSION = 5
 
 _FIELDS = (
     pa.field("is_duplicate", pa.bool_(), nullable=False),
@@ -86,9 +87,12 @@ class DedupStep(CrossStep):
     def __init__(
         self, rules: Sequence[DedupSettings], tables: Sequence[TableSpec], shards: Sequence[Shard],
         store: Store | None = None, measured: Mapping[str, str] | None = None,
+        centroids: tuple[str, str] | None = None,
     ) -> None:  # fmt: skip
         columns = columns_of(tables)
-        self._rules = rules_of(rules, columns, measured)
+        self._rules = rules_of(rules, columns, measured, centroids)
+        if any(rule.settings.cells == "pool" and not rule.centroids for rule in self._rules):
+            raise PlanError("dedup.cells: pool: this pipeline trains no cells before; see frame.py")
         for rule in self._rules:
             check_ordering(rule)
         inputs = inputs_of(_tables(self._rules, columns))
@@ -96,6 +100,8 @@ class DedupStep(CrossStep):
             "rules": [_without_paths(rule) for rule in rules], "references": sums_of(self._rules),
             "pool": pool_digest(shards),
         }  # fmt: skip
+        if any(rule.centroids for rule in self._rules):
+            settings["centroids"] = centroids
         settings["base"] = fingerprint("duplicates", VERSION, settings, inputs)
         self._released = None
         if store is not None and any(rule.prefer_released for rule in rules):
@@ -152,14 +158,15 @@ class DedupStep(CrossStep):
 
 def dedup_step(
     rules: Sequence[DedupSettings], tables: Sequence[TableSpec], shards: Sequence[Shard], store: Store | None = None,
-    measured: Mapping[str, str] | None = None,
+    measured: Mapping[str, str] | None = None, centroids: tuple[str, str] | None = None,
 ) -> DedupStep:  # fmt: skip
     """The step for these rules over these tables. With the store, released rows are preferred. `measured`: folder of
-    each reference set that comes as images, by its place in the recipe (`score.reference_images`).
+    each reference set that comes as images, by its place in the recipe (`score.reference_images`). `centroids`: column
+    and file of the pool's cells, for rules with `cells: pool`.
 
     Raises PlanError for an unknown rule or column, or an unreadable reference.
     """
-    return DedupStep(rules, tables, shards, store, measured)
+    return DedupStep(rules, tables, shards, store, measured, centroids)
 
 
 def images_to_measure(rules: Sequence[DedupSettings], tables: Sequence[TableSpec]) -> dict[str, tuple[str, str]]:
@@ -222,9 +229,10 @@ def _group(pool: Pool, rule: Rule, shards: Sequence[Shard], map_items: Map) -> "
 
     founding = pool  # SemDeDup's number of cells follows the pool
     if rule.form != "semdedup":
-        founding = pool_of(pool.store, pool.folder, pool.everyone, pool.everyone, founding_shards(shards))
+        some = founders(shards) if rule.centroids else founding_shards(shards)
+        founding = pool_of(pool.store, pool.folder, pool.everyone, pool.everyone, some)
     search = search_vectors(
-        pool, founding, rule.form, rule.threshold, rule.settings.neighbours, rule.settings.cells,
+        pool, founding, rule.form, rule.threshold, rule.settings.neighbours, rule.centroids or rule.settings.cells,
         rule.columns[rule.values[0]].type.list_size, dtype_of(rule),
     )  # fmt: skip
     if rule.refreshed:

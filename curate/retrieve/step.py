@@ -1,5 +1,6 @@
 """Steps across shards: the pool's cells, retrieval near seed sets, and balanced sampling under a tree of cells.
 
+    centroids              nothing: trains the cells before dedup, where a rule of it says `cells: pool`
     cells                  cell, distance                                 which cell a row's vector is nearest to
     retrieved              is_retrieved, retrieved_by, …                  which seed sets retrieve it
     hierarchical_sample    hierarchical_sample_<target>                   how often a balanced sample takes it
@@ -63,7 +64,8 @@ class CellsStep(CrossStep):
         self.tables = (self._spec,)
         self.read = tuple({spec.name: spec for spec in (*self.pool.tables, self._spec)}.values())
         self.identity = {"pool": pool_digest(shards), "where": settings.where}  # of what is done with the cells
-        self._count = f"_cells/{self._spec.fingerprint}/{fingerprint(self.identity, inputs_of(self.read))}"
+        self.folder = f"_cells/{self._spec.fingerprint}"  # as `Place` has it
+        self._count = f"{self.folder}/{fingerprint(self.identity, inputs_of(self.read))}"
 
     @property
     def facts(self) -> str:
@@ -85,11 +87,16 @@ class CellsStep(CrossStep):
         """Train and assign; counts are those of the partition."""
         from curate.retrieve import partition  # noqa: PLC0415  # torch and FAISS: not for a plan
 
+        self.prepare(map_items)
+        return partition.assign_all(self.pool, self.place, shards, map_items, ticker)
+
+    def prepare(self, map_items: Map) -> None:
+        """Write the centroids, unless they are there."""
+        from curate.retrieve import partition  # noqa: PLC0415  # torch and FAISS: not for a plan
+
         work = f"_work/cells/{self._spec.fingerprint}"
         partition.prepare(self._founding, self.place, self.settings, self.points_per_cell, work, map_items)
-        counts = partition.assign_all(self.pool, self.place, shards, map_items, ticker)
-        store.remove_tree(work)
-        return counts
+        self.pool.store.remove_tree(work)
 
 
 def points_of(level: LevelSettings, how: CellsSettings | HierarchySettings, width: int, place: str) -> tuple[int, str]:
@@ -113,6 +120,36 @@ def cells_step(
 ) -> CellsStep:
     """The step for these settings over these tables. Raises PlanError for an unknown column, bad SQL, or a file."""
     return CellsStep(settings, store, tables, shards)
+
+
+class CentroidsStep(CrossStep):
+    """Trains the cells of `cells_step`, which then only assigns. `path`: their file, of unit vectors."""
+
+    name = "centroids"
+
+    def __init__(
+        self, settings: CellsSettings, store: Store, tables: Sequence[TableSpec], shards: Sequence[Shard]
+    ) -> None:
+        if settings.metric != "cosine":
+            raise PlanError("dedup.cells: pool: vectors are compared by cosine; set cells.metric: cosine")
+        self._cells = CellsStep(settings.model_copy(update={"where": None}), store, tables, shards)
+        self.by, self.path, self.note = settings.by, f"{self._cells.folder}/centroids.npz", self._cells.note
+
+    def done(self, store: Store, shards: Sequence[Shard]) -> bool:
+        """Whether the centroids are there."""
+        return store.exists(self.path)
+
+    def run(self, store: Store, shards: Sequence[Shard], map_items: Map, ticker: Ticker) -> Mapping[str, int]:
+        """Train."""
+        self._cells.prepare(map_items)
+        return {"cells": self._cells.settings.count}
+
+
+def centroids_step(
+    settings: CellsSettings, store: Store, tables: Sequence[TableSpec], shards: Sequence[Shard]
+) -> CentroidsStep:
+    """The step for these settings. Raises PlanError for cells that are not spherical, an unknown column, or a file."""
+    return CentroidsStep(settings, store, tables, shards)
 
 
 class RetrieveStep(CrossStep):
