@@ -3,6 +3,7 @@
 import hashlib
 import subprocess
 import sys
+from collections import Counter
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import ClassVar
@@ -19,8 +20,11 @@ from curate.errors import ConfigError, PlanError, StageError, WeightsError
 from curate.schema import Shard, TableSpec
 from curate.score import registry
 from curate.score import stage as stage_module
+from curate.score.chunk import Chunk
 from curate.score.decode import Picture, Unscorable
-from curate.score.scorer import FeatureScorer, Float32, ImageScorer, ScorerSettings, Values
+from curate.score.registry import build
+from curate.score.run import Runner, prepare
+from curate.score.scorer import Device, FeatureScorer, Float32, ImageScorer, ScorerSettings, Values
 from curate.score.stage import score_stages
 from curate.stage import Stage, run_shard
 from curate.store import Store
@@ -197,6 +201,25 @@ def test_bad_samples_memory_and_nan_are_nulls_with_reasons(tmp_path: Path, score
         "scores_fussy: raised_ValueError": 1, "scores_fussy.fussy: not_finite": 1, "scores_fussy: not_image": 1,
     }  # fmt: skip
     assert max(Fussy.calls) == 5 and Fussy.calls.count(5) == 1
+
+
+def test_scorers_side_by_side_give_the_same(tmp_path: Path, clip: Path, scorers: None) -> None:
+    """Guards against columns or counts that are mixed up or lost where scorers run in threads, as they do on a GPU."""
+    section = {"clip_tiny": {"scorer": "clip", "model": f"local-dir:{clip}"}, "phash": {"scorer": "phash"},
+               "facts": {"scorer": "image_facts"}, "fussy": {"scorer": "fussy"},
+               "head": {"scorer": "sum", "features": "clip_tiny"}}  # fmt: skip
+    built = build(section)
+    pixels = [scorer for scorer in built if isinstance(scorer, ImageScorer)]
+    for scorer in pixels:
+        scorer.load(Device())
+    data, captions = images(40), texts(40)
+    prepared = [prepare(pixels, item, text) for item, text in zip(data, captions, strict=True)]
+    found = []
+    for abreast in (False, True):
+        counts: Counter[str] = Counter()
+        runner = Runner(pixels, [one for one in built if isinstance(one, FeatureScorer)], counts, abreast=abreast)
+        found.append((runner.run(Chunk(40, list(range(40)), texts=captions), prepared), counts))
+    assert found[0] == found[1] and found[0][1]["scores_phash: no_image"] == 5
 
 
 def test_a_shard_without_images_is_all_null(tmp_path: Path, clip: Path, scorers: None) -> None:
