@@ -208,7 +208,8 @@ def _sum(values: list[float]) -> tuple[float, bool]:
 
 
 def _told(total: tuple[float, bool], words: Callable[[float], str]) -> str:
-    return words(total[0]) + ("" if total[1] else " +")
+    known, whole = total
+    return words(known) if whole else f"{words(known)} +" if known else "no rate +"
 
 
 def _hours(value: float) -> str:
