@@ -96,15 +96,3 @@ def test_nothing_to_find() -> None:
     assert list(by_cell(MEMBERS[:0], ROWS[:0], POOL[:0])) == []
     with pytest.raises(PlanError, match="at least 1"):
         search(SEEDS, PROBES, [], 0)
-
-
-@pytest.mark.gpu
-def test_a_gpu_gives_the_same_rows() -> None:
-    """Guards the device: what is retrieved must not depend on where the products ran."""
-    torch = pytest.importorskip("torch")
-    if not torch.cuda.is_available():
-        pytest.skip("no CUDA device")
-    assert np.array_equal(next(assign(CELLS, [POOL], "cuda"))[0], MEMBERS)
-    probes = nearest(CELLS, SEEDS, 5, "cuda")
-    found = search(SEEDS, probes, by_cell(MEMBERS, ROWS, POOL), 6, "cuda")
-    assert np.array_equal(found.rows, search(SEEDS, PROBES, by_cell(MEMBERS, ROWS, POOL), 6).rows)

@@ -1,5 +1,6 @@
 """What people write and hand over by mistake: an error that says what to change, or a sound result."""
 
+import io
 from pathlib import Path
 from typing import Any
 
@@ -7,9 +8,12 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
+from rich.console import Console
 
-from curate.config import HierarchySettings, LevelSettings, RetrieveSettings, SeedSet
+from curate.config import HierarchySettings, LevelSettings, RetrieveSettings, SeedSet, parse_recipe
+from curate.engine.job import Job
 from curate.errors import PlanError
+from curate.report.terminal import print_plan
 from curate.retrieve.step import cells_step, hierarchy_step, retrieve_step
 from curate.store import Store
 from tests.retrieve.pool import TABLES, WIDTH, build, go
@@ -136,6 +140,12 @@ def test_k_means_takes_no_more_memory_than_it_was_given(tmp_path: Path) -> None:
     seven = cells_step(CELLS.model_copy(update={"points_per_cell": 7}), store, TABLES, shards)
     prints = [one.tables[0].fingerprint for one in (cells, less, seven)]
     assert prints[0] != prints[1] == prints[2]
+    plan = {"root": store.root, "ingest": {"sources": ["none"]}, "engine": {"driver": "inline"}}
+    job, told = Job(parse_recipe(plan), dry=True), io.StringIO()
+    job.shards = shards
+    job.across(less)
+    print_plan(Console(file=told, width=200), job)
+    assert less.note in told.getvalue()
     go(less, store, shards)
     with pytest.raises(PlanError, match="raise memory_gb"):
         cells_step(CELLS.model_copy(update={"memory_gb": bytes_of}), store, TABLES, shards)
