@@ -131,7 +131,7 @@ EXPECTED: dict[str, Expected] = {
     "dfn": Expected({"dfn": []}, top={"dfn": ("clip_similarity_dfn", 0.15)}),
     "webssl": Expected({
         "light_vlm": [_fresh, over("p_yes_webssl_light", 0.5)], "heavy_vlm": [_fresh, over("p_yes_webssl_heavy", 0.5)],
-        "light_threshold": [_fresh, over("text_density", 0.03)], "heavy_threshold": [_fresh, over("text_density", 0.4)],
+        "light_threshold": [_fresh, over("text_density", 0.04)], "heavy_threshold": [_fresh, over("text_density", 0.4)],
         "light_share": [_fresh], "heavy_share": [_fresh],
     }, top={"light_share": ("text_density", 0.503), "heavy_share": ("text_density", 0.013)},
         same=lambda row: row["digest"]),
