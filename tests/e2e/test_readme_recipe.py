@@ -24,7 +24,7 @@ def test_the_recipe_of_the_readme_runs_as_written(web: Web, tmp_path: Path, monk
     """Guards against a README that describes another program."""
     (_, recipe), (_, pipeline), (shell, commands) = blocks("A recipe of your own")
     assert shell == "sh"
-    assert len(recipe.splitlines()) + len(pipeline.splitlines()) <= 45
+    assert len(recipe.splitlines()) + len(pipeline.splitlines()) <= 40
     (tmp_path / "even.yaml").write_text(recipe)
     (tmp_path / "even.py").write_text(pipeline)
     shutil.copytree(weights_dir(), tmp_path / "models" / "clip")
