@@ -1,8 +1,8 @@
 """Time, memory and recall of the dedup kernels, peers beside them on the same work, in one run.
 
     python benchmarks/bench_dedup.py --quick            # two minutes: sizes divided by 20
-    python benchmarks/bench_dedup.py --only hashes      # 10 M hashes, growth, crowds, refresh, peers: about 25 minutes
-    python benchmarks/bench_dedup.py --only vectors     # 1 M vectors, growth, peers: about 25 minutes
+    python benchmarks/bench_dedup.py --only hashes      # 10 M hashes, growth, crowds, refresh, peers: about 15 minutes
+    python benchmarks/bench_dedup.py --only vectors     # 1 M vectors, growth, crowds, refresh, peers: about 25 minutes
 
 `--imagededup-python PATH` names the Python of another environment in which imagededup is installed (it pins other
 packages than ours); without it that peer is left out. A peer is tried at growing sizes and given up at the first that
@@ -46,18 +46,43 @@ def make_hashes(n: int) -> tuple[np.ndarray, np.ndarray]:
     return hashes, np.sort(copies.T, axis=1)
 
 
-def make_vectors(n: int, width: int = 512) -> tuple[np.ndarray, np.ndarray]:
-    """Gaussian float16 vectors (no clusters: the hardest for cells); planted pairs at cosine 0.905 … 1."""
+def make_vectors(
+    n: int, width: int = 512, planted: tuple[float, float] = (0.925, 1.0)
+) -> tuple[np.ndarray, np.ndarray]:
+    """Gaussian float16 vectors (no clusters: the hardest for cells); planted pairs at these cosines, give or take
+    0.02 at 0.9."""
     draw = np.random.default_rng(0)
     vectors = np.empty((n, width), np.float16)
     for start in range(0, n, 65536):
         vectors[start : start + 65536] = draw.standard_normal((min(65536, n - start), width), dtype=np.float32)
     count = int(n * PLANTED)
     copies = draw.permutation(n)[: 2 * count].reshape(2, -1)
-    cosine = draw.uniform(0.925, 1, (count, 1)).astype(np.float32)
+    cosine = draw.uniform(*planted, (count, 1)).astype(np.float32)
     other = draw.standard_normal((count, width), dtype=np.float32)
     vectors[copies[1]] = cosine * vectors[copies[0]] + np.sqrt(1 - cosine**2) * other
     return vectors, np.sort(copies.T, axis=1)
+
+
+def make_close_vectors(n: int) -> tuple[np.ndarray, np.ndarray]:
+    """As `make_vectors`, with pairs just above the threshold: those that cells miss first."""
+    vectors, planted = make_vectors(n, planted=(0.9, 0.92))
+    left, right = (vectors[planted[:, side]].astype(np.float64) for side in (0, 1))
+    cosine = (left * right).sum(axis=1) / np.sqrt((left * left).sum(axis=1) * (right * right).sum(axis=1))
+    return vectors, planted[cosine.astype(np.float32) >= np.float32(COSINE)]
+
+
+def make_vector_crowd(n: int) -> tuple[np.ndarray, np.ndarray]:
+    """As `make_vectors`, but every second vector is that of one image, encoded again and again: cosine 0.99."""
+    vectors, planted = make_vectors(n)
+    draw = np.random.default_rng(1)
+    vectors[::2] = vectors[0] + 0.1 * draw.standard_normal((len(vectors[::2]), vectors.shape[1]), dtype=np.float32)
+    return vectors, planted[(planted % 2 == 1).all(axis=1)]
+
+
+def make_vector_refresh(n: int) -> tuple[np.ndarray, np.ndarray]:
+    """As `make_vectors`; of the planted pairs, those with one of the last tenth, which is new."""
+    vectors, planted = make_vectors(n)
+    return vectors, planted[planted[:, 1] >= n - n // 10]
 
 
 def make_crowd(n: int) -> tuple[np.ndarray, np.ndarray]:
@@ -145,9 +170,30 @@ def ours_cosine(vectors: np.ndarray) -> np.ndarray:
     cells = max(1, round(len(vectors) * PROBES / ROWS_PER_CELL))
     centres = train_cells(vectors[:: max(1, len(vectors) // (cells * SAMPLE_PER_CELL))], len(vectors))
     pairs, _ = pairs_over_cells(vectors, centres, COSINE)
-    recall = measure_recall(vectors, COSINE, pairs)
+    recall = measure_recall(vectors, COSINE, pairs, rows=1_024)  # as many as the step takes
     print(f"cells {len(centres)}, recall by its own sample {recall.rate:.4f} (>= {recall.lower:.4f})", file=sys.stderr)
     return pairs
+
+
+def ours_edges(vectors: np.ndarray) -> np.ndarray:
+    """curate.dedup.cosine.edges_above on one block: what holds the components together."""
+    from curate.dedup.cosine import edges_above
+
+    return edges_above(vectors, COSINE)[0]
+
+
+def ours_nearest(vectors: np.ndarray) -> np.ndarray:
+    """DINOv2's form on one block: 64 neighbours above 0.6."""
+    from curate.dedup.cosine import nearest_above
+
+    return nearest_above(vectors, 0.6, 64)[0]
+
+
+def ours_nearest_refresh(vectors: np.ndarray) -> np.ndarray:
+    """The same, when the neighbours of all but the last tenth are known."""
+    from curate.dedup.cosine import nearest_above
+
+    return nearest_above(vectors, 0.6, 64, fresh=np.arange(len(vectors)) >= len(vectors) - len(vectors) // 10)[0]
 
 
 def faiss_cosine(vectors: np.ndarray) -> np.ndarray:
@@ -193,6 +239,12 @@ TASKS: dict[str, tuple[Callable[[np.ndarray], np.ndarray], Callable[[int], tuple
     "hashes: FAISS IndexBinaryMultiHash": (faiss_hamming, make_hashes),
     "hashes: numpy, all with all": (numpy_hamming, make_hashes),
     "vectors: curate cells": (ours_cosine, make_vectors),
+    "vectors: curate cells, pairs at 0.90 to 0.92": (ours_cosine, make_close_vectors),
+    "vectors: curate, one block, components": (ours_edges, make_vectors),
+    "vectors: curate, one block, half nearly one image": (ours_edges, make_vector_crowd),
+    "vectors: curate, one block, DINOv2's form": (ours_nearest, make_vectors),
+    "vectors: curate, one block, DINOv2's form, half nearly one image": (ours_nearest, make_vector_crowd),
+    "vectors: curate, one block, DINOv2's form, a tenth new": (ours_nearest_refresh, make_vector_refresh),
     "vectors: FAISS flat range search": (faiss_cosine, make_vectors),
     "vectors: SemDeDup as published": (semdedup, make_vectors),
 }
@@ -284,7 +336,10 @@ def main() -> None:
             "hashes: imagededup": (20_000, 40_000), "hashes: FAISS IndexBinaryMultiHash": (1_000_000, 4_000_000),
             "hashes: numpy, all with all": (100_000,),
         }),
-        ("vectors", "vectors: curate cells", (250_000, 500_000, 1_000_000), (), {
+        ("vectors", "vectors: curate cells", (250_000, 500_000, 1_000_000), (
+            ("vectors: curate cells, pairs at 0.90 to 0.92", 500_000),
+            *((task, 40_000) for task in TASKS if task.startswith("vectors: curate, one block")),
+        ), {
             "vectors: FAISS flat range search": (100_000, 200_000),
             "vectors: SemDeDup as published": (250_000, 1_000_000),
         }),

@@ -182,8 +182,13 @@ def cross_above(
     for start, stop in _spans_of(len(vectors), 8 * block_rows):
         block = Block(vectors[start:stop], threshold, device, cut=False)
         for first, last in _spans_of(len(asked), block_rows):
-            hits = (asked.heads[first:last] @ block.heads.T >= asked.floor).nonzero().cpu().numpy()
-            i, j = asked.rows[first + hits[:, 0]], block.rows[hits[:, 1]]
+            if not len(block):
+                continue
+            product = asked.heads[first:last] @ block.heads.T
+            having = (product.amax(dim=1) >= asked.floor).nonzero().flatten()
+            hits = (product[having] >= asked.floor).nonzero()
+            left, right = having[hits[:, 0]].cpu().numpy(), hits[:, 1].cpu().numpy()
+            i, j = asked.rows[first + left], block.rows[right]
             cosine = asked.cosine_to(i, block, j)
             true = cosine >= asked.threshold
             pairs.append(np.stack([i[true], j[true] + start], axis=1))
