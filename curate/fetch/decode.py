@@ -1,22 +1,20 @@
 """Bytes of a stranger to 8-bit sRGB pixels, or a refusal.
 
-JPEG, nearly all of the web, goes through OpenCV with DCT scaling; everything else (and CMYK or truncated JPEG) through
-Pillow, restricted to the reader of the sniffed format. Runs in a process of its own (`decoder.py`): a decoder that
-crashes takes one sample with it. Pixel counts are checked before anything of that size is allocated.
+JPEG, nearly all of the web, goes through libjpeg-turbo with DCT scaling; everything else (and CMYK or truncated JPEG)
+through Pillow, restricted to the reader of the sniffed format. Runs in a process of its own (`decoder.py`): a decoder
+that crashes takes one sample with it. Pixel counts are checked before anything of that size is allocated.
 """
 
 import io
-import os
 import re
-import tempfile
 import zlib
 from dataclasses import dataclass
 from functools import lru_cache
-from typing import Any, BinaryIO, cast
+from typing import Any
 
-import cv2
 import numpy as np
 import numpy.typing as npt
+import simplejpeg
 from PIL import Image, ImageCms
 
 from curate.fetch.outcome import Refusal, brief
@@ -28,10 +26,8 @@ _PILLOW_FORMATS = {
     "jpeg": "JPEG", "png": "PNG", "gif": "GIF", "webp": "WEBP", "bmp": "BMP", "tiff": "TIFF", "avif": "AVIF"
 }  # fmt: skip
 _PNG_READ = frozenset({b"IHDR", b"PLTE", b"IDAT", b"tRNS", b"iCCP", b"eXIf", b"IEND"})
-# libjpeg's words for a picture that is not all there. `extraneous bytes` is no such word: many sound files have some.
-_DATA_MISSING = re.compile(rb"premature end|bad Huffman code", re.IGNORECASE)
+_HARMLESS = re.compile("extraneous bytes", re.IGNORECASE)  # libjpeg's words; many sound files have some
 ICC_BYTES = 1_000_000  # real profiles have up to 600 kB
-_REDUCED = {2: cv2.IMREAD_REDUCED_COLOR_2, 4: cv2.IMREAD_REDUCED_COLOR_4, 8: cv2.IMREAD_REDUCED_COLOR_8}
 
 
 @dataclass(frozen=True)
@@ -90,41 +86,27 @@ def decode(data: bytes, header: Header, denominator: int = 1) -> Decoded:
     """Decode; JPEG at 1/denominator (1, 2, 4, 8) of its size. Raises Refusal("decode_error")."""
     jpeg = header.jpeg
     if jpeg is not None and jpeg.components in (1, 3) and jpeg.precision == 8 and _has_end(data, jpeg):
-        flags = _REDUCED.get(denominator, cv2.IMREAD_COLOR) | cv2.IMREAD_IGNORE_ORIENTATION
-        try:
-            pixels, said = _imdecode(data, flags)
-        except cv2.error as error:
-            raise Refusal("decode_error", brief(str(error))) from None
-        if pixels is None or _DATA_MISSING.search(said):
-            raise Refusal("decode_error", brief(said.decode("latin-1")) or "JPEG data is broken")
+        pixels = _decode_jpeg(data, -(-header.width // denominator), -(-header.height // denominator))
         icc = jpeg.icc if transform_of(jpeg.icc, "RGB") is not None else None
         plain = jpeg.orientation == 1 and icc is None
         return Decoded("jpeg", pixels, jpeg.width, jpeg.height, jpeg.orientation, icc, plain)
     return _decode_pillow(data, header, denominator)
 
 
-@lru_cache(maxsize=1)
-def _stderr_file() -> BinaryIO:
-    if hasattr(os, "memfd_create"):
-        return os.fdopen(os.memfd_create("curate-stderr"), "w+b", buffering=0)
-    return cast(BinaryIO, tempfile.TemporaryFile(buffering=0))
+def _decode_jpeg(data: bytes, width: int, height: int) -> Pixels:
+    """Pixels of the whole, at the scale that has this size. libjpeg goes on in grey where data is missing, and says so.
 
-
-def _imdecode(data: bytes, flags: int) -> tuple[Any, bytes]:
-    """OpenCV's decoding, and what libjpeg wrote to the process's standard error meanwhile (2 microseconds to know).
-
-    libjpeg goes on in grey where data is missing, and says so nowhere else. Not for processes with several threads.
+    libjpeg-turbo through simplejpeg gives OpenCV's pixels in 0.2 ms less, for 512 of 1,280 pixels.
     """
-    file, before = _stderr_file(), os.dup(2)
-    file.truncate(0)
-    file.seek(0)
-    os.dup2(file.fileno(), 2)
-    try:
-        pixels = cv2.imdecode(np.frombuffer(data, np.uint8), flags)
-    finally:
-        os.dup2(before, 2)
-        os.close(before)
-    return pixels, os.pread(file.fileno(), 500, 0)
+    for strict in (True, False):
+        try:
+            pixels = simplejpeg.decode_jpeg(data, "BGR", min_width=width, min_height=height, strict=strict)
+        except ValueError as error:
+            if not strict or not _HARMLESS.search(str(error)):
+                raise Refusal("decode_error", brief(str(error))) from None
+        else:
+            return np.asarray(pixels, np.uint8)
+    raise AssertionError("unreachable")
 
 
 def _has_end(data: bytes, jpeg: Jpeg) -> bool:

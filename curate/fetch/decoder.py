@@ -1,4 +1,4 @@
-"""The decoding process: bodies in by shared memory, pictures out over a socket.
+"""The decoding process: bodies and pictures by shared memory, everything else over a socket.
 
 It exists to be killed. A hostile file that crashes, hangs or inflates a decoder takes this process and one sample with
 it, never the shard. It opens no file and no connection, and ends when its parent does.
@@ -30,21 +30,25 @@ _FACTS = ("status", "error", "ext", "width", "height", "original_width", "origin
 
 
 def pack(picture: Picture) -> bytes:
-    """A picture as one message."""
+    """A picture as one message, but for its image."""
     facts = json.dumps([getattr(picture, name) for name in _FACTS]).encode()
-    return REPLY.pack(len(facts), len(picture.data)) + facts + picture.data
+    return REPLY.pack(len(facts), len(picture.data)) + facts
 
 
-def unpack(message: bytes | bytearray) -> Picture | None:
-    """The picture of a message; None while parts of it are missing."""
+def unpack(message: bytes | bytearray, memory: mmap.mmap) -> Picture | None:
+    """The picture of a message, its image from `memory`; None while parts of the message are missing."""
     if len(message) < REPLY.size:
         return None
     facts_length, image_length = REPLY.unpack_from(message)
-    image = REPLY.size + facts_length
-    if len(message) < image + image_length:
+    if len(message) < REPLY.size + facts_length:
         return None
-    status, error, *rest = json.loads(message[REPLY.size : image])
-    return Picture(status, error, bytes(message[image:]), *rest)
+    status, error, *rest = json.loads(message[REPLY.size :])
+    return Picture(status, error, memory[:image_length], *rest)
+
+
+def shared_bytes(body_bytes: int, settings: ImageSettings) -> int:
+    """Of memory that holds any body, and any image of it: stored pixels take 3 bytes at the worst, in a PNG."""
+    return max(body_bytes, 4 * max(settings.max_pixels, settings.image_size**2)) + 1_000_000
 
 
 def settings_text(settings: ImageSettings) -> str:
@@ -53,11 +57,18 @@ def settings_text(settings: ImageSettings) -> str:
 
 
 def serve(link: socket.socket, memory: mmap.mmap, settings: ImageSettings) -> None:
-    """Answer requests until the other end closes. A request is the length of the body that lies in `memory`."""
+    """Answer requests until the other end closes.
+
+    A request is the length of the body that lies in `memory`; the image takes its place there.
+    """
     _confine()
     while len(request := link.recv(REQUEST.size, socket.MSG_WAITALL)) == REQUEST.size:
         (length,) = REQUEST.unpack(request)
-        link.sendall(pack(process(memory[:length], settings)))
+        picture = process(memory[:length], settings)
+        if len(picture.data) > len(memory):
+            picture = Picture("decode_error", f"an image of {len(picture.data)} bytes")
+        memory[: len(picture.data)] = picture.data
+        link.sendall(pack(picture))
 
 
 def _confine() -> None:
@@ -78,7 +89,7 @@ def _confine() -> None:
 def main(arguments: list[str]) -> None:
     """`SOCKET MEMORY SETTINGS`: two descriptors and JSON, as the pool passes them."""
     values: dict[str, Any] = json.loads(arguments[2])
-    memory = mmap.mmap(int(arguments[1]), 0, access=mmap.ACCESS_READ)
+    memory = mmap.mmap(int(arguments[1]), 0)
     with contextlib.closing(socket.socket(fileno=int(arguments[0]))) as link:
         link.setblocking(True)
         serve(link, memory, ImageSettings(**values))
