@@ -63,6 +63,21 @@ def test_a_sum_says_what_it_leaves_out() -> None:
     assert "309" in total  # GPU-hours: 2e9 / 1800 / 3600
 
 
+@pytest.mark.parametrize("file", FILES, ids=lambda file: file.stem)
+def test_every_config_has_its_estimate(file: Path) -> None:
+    """Guards against a recipe whose estimate fails, forgets a section, or hides what its authors published."""
+    told, recipe = io.StringIO(), load_recipe(file)
+    print_estimate(Console(file=told, width=200), recipe, 12.8e9, load_rates())
+    lines = told.getvalue().splitlines()
+    assert f"12,800,000,000 rows in {12_800_000_000 // recipe.ingest.rows_per_shard:,} shards" in lines[0]
+    steps = {line.split("│")[1].strip() for line in lines if line.startswith("│")}
+    sections = {"cells", "retrieve", "hierarchy", "balance", "experts", "dedup", "score"}
+    assert {name for name in sections if getattr(recipe, name)} == steps & sections
+    assert {"ingest", "fetch", "total"} <= steps
+    if recipe.about is not None and recipe.about.published:
+        assert lines[-1].startswith(f"published: {recipe.about.published[:40]}")
+
+
 @pytest.mark.parametrize(("name", "rows"), [("lvd142m", "1.2e9"), ("webssl", "2e9")])
 def test_the_readme_shows_what_the_command_prints(name: str, rows: str) -> None:
     """Guards against a README whose figures were measured with other rates."""
