@@ -52,20 +52,15 @@ SHARDS = [Shard(f"{number:04d}", 50) for number in range(4)]
 KILLS = 2
 
 
-def cells(store: Store) -> None:
-    """k-means with resampling, then assignment."""
-    go(cells_step(CELLS, store, TABLES, SHARDS), store, SHARDS)
-
-
 def retrieve(store: Store) -> None:
-    """All three ways, and the exact comparison after a search over codes."""
+    """k-means with resampling; then all three ways, with the exact comparison after a search over codes."""
     where = cells_step(CELLS, store, TABLES, SHARDS)
     go(where, store, SHARDS)
     go(retrieve_step(RetrieveSettings(sets=SETS, recall_seeds=9, codes="SQ8"), where), store, SHARDS)
 
 
 def hierarchy(store: Store) -> None:
-    """Cells cut into clusters, a level above, quotas and draws."""
+    """k-means by mini-batches; cells cut into clusters, a level above, quotas and draws."""
     where = cells_step(SPLIT, store, TABLES, SHARDS)
     go(where, store, SHARDS)
     go(hierarchy_step(HierarchySettings(splits=2, levels=[UPPER], targets=[50, 90]), where), store, SHARDS)
@@ -133,7 +128,7 @@ def main(folder: Path) -> dict[str, dict[str, Any]]:
     across.ROWS_PER_PARTITION, across.CHUNKS = 100, 2
     build(Store(str(folder / "pool")), shards=len(SHARDS), rows=SHARDS[0].rows)
     (folder / "entries.txt").write_text("t1\nt2\nt3\nunseen\n")
-    return {step.__name__: killed_and_resumed(step, folder) for step in (cells, retrieve, hierarchy, balance)}
+    return {step.__name__: killed_and_resumed(step, folder) for step in (retrieve, hierarchy, balance)}
 
 
 if __name__ == "__main__":
