@@ -63,6 +63,14 @@ def web(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Web]:
         yield Web(server, table, folder / "truth.parquet")
 
 
+@pytest.fixture(scope="session")
+def pool(web: Web, tmp_path_factory: pytest.TempPathFactory, ray_driver: "RayDriver") -> "Pool":  # noqa: F821
+    """What the recipes of vectors and captions start from."""
+    from tests.e2e.recipe_pool import make_pool  # torch and transformers: not for tests that need no pool
+
+    return make_pool(web, tmp_path_factory.mktemp("pool"), ray_driver)
+
+
 def curate(*words: object, check: bool = True) -> subprocess.CompletedProcess[str]:
     """The command as a user starts it."""
     result = subprocess.run(

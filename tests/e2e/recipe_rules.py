@@ -1,6 +1,7 @@
 """The rules of `configs/`, written down a second time, in Python: what test_recipes.py compares each row with.
 
 From RECIPES' text, not from the YAML; null is None, and a clause that cannot be answered gives None, as SQL does.
+The limits are the published ones; a row's `limits` say where a test moved one of a model's column.
 """
 
 import re
@@ -10,6 +11,7 @@ from typing import Any
 
 Row = dict[str, Any]
 Truth = bool | None
+Limits = Mapping[tuple[str, float], float]  # (column, published number): the number in its place
 
 
 @dataclass(frozen=True)
@@ -22,7 +24,8 @@ class Expected:
     best: Callable[[Row], Any] = lambda row: (-row["width"] * row["height"], row["key"])  # the least of a group stays
     least_side: int = 0
     ratio: float = float("inf")
-    clip: bool = False
+    listed_bytes: Sequence[str] = ()  # pictures whose MD5 is on a hash list
+    listed_url: Callable[[str], bool] = lambda url: False  # whether the SHA-1 of a URL is on one
     untouched: Mapping[str, set[int]] = field(default_factory=dict)  # clauses that no row of the site comes to fail
     references: Sequence[str] = ()  # pictures of the site whose pHash is on the list of reference sets
     smaller: Mapping[str, str] = field(default_factory=dict)  # words of the file, and what stands for them on the site
@@ -30,12 +33,28 @@ class Expected:
 
 def over(name: str, limit: float) -> Callable[[Row], Truth]:
     """column >= limit."""
-    return lambda row: None if row[name] is None else row[name] >= limit
+    return lambda row: None if row[name] is None else row[name] >= limit_of(row, name, limit)
 
 
 def under(name: str, limit: float) -> Callable[[Row], Truth]:
     """column <= limit."""
-    return lambda row: None if row[name] is None else row[name] <= limit
+    return lambda row: None if row[name] is None else row[name] <= limit_of(row, name, limit)
+
+
+def above(name: str, limit: float) -> Callable[[Row], Truth]:
+    """column > limit."""
+    return lambda row: None if row[name] is None else row[name] > limit_of(row, name, limit)
+
+
+def below(name: str, limit: float) -> Callable[[Row], Truth]:
+    """column < limit."""
+    return lambda row: None if row[name] is None else row[name] < limit_of(row, name, limit)
+
+
+def limit_of(row: Row, name: str, limit: float) -> float:
+    """Where the limit stands."""
+    moved: Limits = row["limits"]
+    return moved.get((name, limit), limit)
 
 
 def _is_english(row: Row) -> Truth:
@@ -51,8 +70,9 @@ def _sure(row: Row) -> Truth:
 
 
 def _good_coyo_image(row: Row) -> bool:
-    scores = (row["nsfw_score_opennsfw2"], row["nsfw_score_gantman"])
-    return row["bytes"] >= 5000 and all(score is not None and score <= 0.5 for score in scores)
+    return row["bytes"] >= 5000 and all(
+        under(name, 0.5)(row) is True for name in ("nsfw_score_opennsfw2", "nsfw_score_gantman")
+    )
 
 
 def _harmless(row: Row) -> Truth:
@@ -107,13 +127,12 @@ EXPECTED: dict[str, Expected] = {
     "laion400m": Expected({
         "laion400m": [*_LAION, over("clip_similarity_vitb32", 0.3), _kept_by_laion400m],
         "unlikely": [*_LAION, over("clip_similarity_vitb32", 0.3), _unlikely],
-    }, clip=True),
+    }),
     "laion_aesthetics": Expected({
         "aesthetic_v1": [
-            lambda row: None if row["aesthetic_score_laion_v1"] is None else row["aesthetic_score_laion_v1"] > 7,
-            under("watermark_score", 0.8), under("punsafe", 0.5),  # never equal to the limit here
+            above("aesthetic_score_laion_v1", 7), below("watermark_score", 0.8), below("punsafe", 0.5),
         ],
-        "art": [lambda row: None if row["aesthetic_score_laion_v1"] is None else row["aesthetic_score_laion_v1"] > 8],
+        "art": [above("aesthetic_score_laion_v1", 8)],
         **{f"v2_{limit}": [over("aesthetic_score_laion_v2", limit / 100)] for limit in (450, 475, 500, 600, 625, 650)},
         "high_resolution": [over("w", 1024), over("h", 1024)],
     }),
@@ -121,7 +140,10 @@ EXPECTED: dict[str, Expected] = {
         {"laion_a": [over("aesthetic_score_laion_v2", 4.5), _fresh]}, same=lambda row: row["phash"],
         best=lambda row: (-(row["aesthetic_score_laion_v2"] or -9), -row["w"] * row["h"], row["key"]),
     ),
-    "relaion": Expected({"research": [_harmless], "research_safe": [under("punsafe", 0.45)]}),
+    "relaion": Expected(
+        {"research": [_harmless], "research_safe": [under("punsafe", 0.45)]},
+        listed_bytes=["/9.jpg"], listed_url=lambda url: url.endswith("3"),
+    ),
     "tmars": Expected({"tmars": [_SAFE]}, top={"tmars": ("clip_similarity_text_masked", 0.5)}),
     "align": Expected({"align": [
         lambda row: max(row["w"], row["h"]) < 3 * min(row["w"], row["h"]), under("punsafe", 0.5), under("texts", 3),
