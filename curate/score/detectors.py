@@ -194,7 +194,8 @@ class FacesScorer(DetectorScorer):
         if self._settings.detector == "scrfd":
             scrfd = faces.ScrfdFaces.from_file(file, score=least or faces.SCRFD_SCORE, **how)
             return lambda picture: scrfd.fitted(picture.pixels), scrfd
-        yunet = faces.YuNetFaces.from_file(file, score=least or faces.YUNET_SCORE, **how)
+        batch = 32 if device.name == "cuda" else 8
+        yunet = faces.YuNetFaces.from_file(file, score=least or faces.YUNET_SCORE, batch_size=batch, **how)
         return lambda picture: yunet.fitted(picture.pixels), yunet
 
 
@@ -262,7 +263,8 @@ def text_detector(file: Path, device: Device) -> "TextDetector":
     """PP-OCR's detector, opened."""
     from curate.score.text_density import TextDetector  # noqa: PLC0415  # ONNX Runtime: on workers only
 
-    return TextDetector.from_file(file, threads=device.threads, providers=providers(device))
+    batch = 16 if device.name == "cuda" else 4  # canvases of 736 pixels: 6.5 MB each
+    return TextDetector.from_file(file, batch_size=batch, threads=device.threads, providers=providers(device))
 
 
 def text_view(picture: Picture, file: Path) -> "TextView":
