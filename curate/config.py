@@ -66,7 +66,10 @@ class FetchSettings(Settings):
     min_image_size: Annotated[int, Field(ge=0)] = 0  # pixels, the shorter side
     max_aspect_ratio: Annotated[float, Field(gt=0)] | None = None
     max_bytes: Positive = 50_000_000  # of one body
-    max_pixels: Positive = 50_000_000  # by the header; a decoder needs up to 22 bytes for each (WebP), 4 for JPEG
+    max_pixels: Positive = 50_000_000  # by the header
+    # Of one decoder for one picture, estimated; beyond: too_many_pixels. A pixel takes 16 bytes in a WebP, 8 to 12 in
+    # the other formats, under 1 in most JPEGs and 3 to 7 in progressive ones. 300: a worker stays below 600
+    decode_memory_mb: Positive = 300
     contact: str | None = None  # mail address or page in the User-Agent; required beyond loopback
     timeout_s: Annotated[float, Field(gt=0)] = 10.0  # of the whole transfer
     retries: Annotated[int, Field(ge=0)] = 2

@@ -27,7 +27,12 @@ _PILLOW_FORMATS = {
 }  # fmt: skip
 _PNG_READ = frozenset({b"IHDR", b"PLTE", b"IDAT", b"tRNS", b"iCCP", b"eXIf", b"IEND"})
 _HARMLESS = re.compile("extraneous bytes", re.IGNORECASE)  # libjpeg's words; many sound files have some
+BAND_PIXELS = 1_000_000
 ICC_BYTES = 1_000_000  # real profiles have up to 600 kB
+
+
+# Bytes a pixel at the worst moment of decoding, measured (20 megapixels, all modes of each format).
+_BYTES_A_PIXEL = {"png": 8.0, "gif": 8.0, "webp": 16.2, "bmp": 8.0, "tiff": 12.0, "avif": 12.0}
 
 
 @dataclass(frozen=True)
@@ -77,6 +82,20 @@ def read_header(data: bytes, max_pixels: int) -> Header:
     return Header(kind, *size, jpeg)
 
 
+def decode_bytes(header: Header, denominator: int) -> int:
+    """What decoding takes of the memory, at most; the body and the process itself are not counted."""
+    jpeg = header.jpeg
+    if jpeg is None:
+        each = _BYTES_A_PIXEL[header.kind]
+    else:
+        each = jpeg.coefficients + (3.3 if _is_plain_jpeg(jpeg) else 8.2) / denominator**2
+    return int(each * header.width * header.height)
+
+
+def _is_plain_jpeg(jpeg: Jpeg) -> bool:
+    return jpeg.components in (1, 3) and jpeg.precision == 8
+
+
 def _cap(size: tuple[int, int], max_pixels: int) -> None:
     if size[0] * size[1] > max_pixels:
         raise Refusal("too_many_pixels", f"{size[0]}x{size[1]} claimed; {max_pixels} pixels allowed")
@@ -85,7 +104,7 @@ def _cap(size: tuple[int, int], max_pixels: int) -> None:
 def decode(data: bytes, header: Header, denominator: int = 1) -> Decoded:
     """Decode; JPEG at 1/denominator (1, 2, 4, 8) of its size. Raises Refusal("decode_error")."""
     jpeg = header.jpeg
-    if jpeg is not None and jpeg.components in (1, 3) and jpeg.precision == 8 and _has_end(data, jpeg):
+    if jpeg is not None and _is_plain_jpeg(jpeg) and _has_end(data, jpeg):
         pixels = _decode_jpeg(data, -(-header.width // denominator), -(-header.height // denominator))
         icc = jpeg.icc if transform_of(jpeg.icc, "RGB") is not None else None
         plain = jpeg.orientation == 1 and icc is None
@@ -154,8 +173,7 @@ def _decode_pillow(data: bytes, header: Header, denominator: int) -> Decoded:
             image.load()
             orientation = image.getexif().get(0x0112, 1)  # after loading: Pillow turns a TIFF itself
             mode = image.mode
-            rgb, icc = _to_rgb(image, icc)
-            pixels = np.ascontiguousarray(np.asarray(rgb)[:, :, ::-1])
+            pixels, icc = _to_bgr(image, icc)
         except Exception as error:
             raise Refusal("decode_error", brief(error)) from None
     orientation = orientation if isinstance(orientation, int) and 1 <= orientation <= 8 else 1
@@ -165,24 +183,33 @@ def _decode_pillow(data: bytes, header: Header, denominator: int) -> Decoded:
     return Decoded(header.kind, pixels, header.width, header.height, orientation, icc, plain)
 
 
-def _to_rgb(image: Image.Image, icc: bytes | None) -> tuple[Image.Image, bytes | None]:
-    """To 8-bit RGB: alpha over white, 16 bits by their high byte, CMYK by its profile. Returns a profile left to apply.
+def _to_bgr(image: Image.Image, icc: bytes | None) -> tuple[Pixels, bytes | None]:
+    """To 8-bit colours: alpha over white, 16 bits by their high byte, CMYK by its profile. Returns a profile left to
+    apply.
 
     An RGB profile is applied after resizing, when there are fewer pixels; one of another colour space only fits here.
+    A band of rows at a time: each step of the way takes 4 bytes a pixel.
     """
     if image.mode.startswith(("I", "F")):
-        return Image.fromarray(_to_8_bits(np.asarray(image), image.mode)).convert("RGB"), None
-    if image.mode == "CMYK":
-        transform = transform_of(icc, "CMYK")
-        return (image.convert("RGB") if transform is None else _apply(image, transform)), None
+        levels = _to_8_bits(np.asarray(image), image.mode)
+        return np.repeat(levels[:, :, None], 3, axis=2), None
+    transform = transform_of(icc, "CMYK") if image.mode == "CMYK" else None
+    pixels = np.empty((image.height, image.width, 3), np.uint8)
+    rows = max(1, BAND_PIXELS // image.width)
+    for top in range(0, image.height, rows):
+        band = image.crop((0, top, image.width, min(image.height, top + rows)))
+        rgb = _to_rgb(band) if transform is None else _apply(band, transform)
+        pixels[top : top + rows] = np.asarray(rgb)[:, :, ::-1]
+    return pixels, icc if image.mode != "CMYK" and transform_of(icc, "RGB") is not None else None
+
+
+def _to_rgb(image: Image.Image) -> Image.Image:
     if "transparency" in image.info or image.mode in ("RGBA", "LA", "PA", "RGBa", "La"):
         layered = image.convert("RGBA")
         flat = Image.new("RGB", layered.size, (255, 255, 255))
         flat.paste(layered, mask=layered.getchannel("A"))
-        image = flat
-    elif image.mode != "RGB":
-        image = image.convert("RGB")
-    return image, icc if transform_of(icc, "RGB") is not None else None
+        return flat
+    return image if image.mode == "RGB" else image.convert("RGB")
 
 
 def _to_8_bits(values: npt.NDArray[Any], mode: str) -> npt.NDArray[np.uint8]:
@@ -192,7 +219,7 @@ def _to_8_bits(values: npt.NDArray[Any], mode: str) -> npt.NDArray[np.uint8]:
         brightest = np.fmax.reduce(values, axis=None, initial=0.0)  # passes over NaN
         white = next((white for white in (1.0, 255.0) if brightest <= white), white)
     levels = np.empty(values.shape, np.uint8)
-    rows = max(1, 1_000_000 // max(1, values.shape[1]))
+    rows = max(1, BAND_PIXELS // max(1, values.shape[1]))
     for top in range(0, len(values), rows):
         part = np.nan_to_num(values[top : top + rows].astype(np.float64)) * (255.0 / white)
         levels[top : top + rows] = part.clip(0, 255).round()
@@ -204,8 +231,12 @@ def to_srgb(pixels: Pixels, icc: bytes | None) -> Pixels:
     transform = transform_of(icc, "RGB")
     if transform is None:
         return pixels
-    converted = _apply(Image.fromarray(np.ascontiguousarray(pixels[:, :, ::-1])), transform)
-    return np.ascontiguousarray(np.asarray(converted)[:, :, ::-1])
+    converted = np.empty_like(pixels)
+    rows = max(1, BAND_PIXELS // pixels.shape[1])
+    for top in range(0, len(pixels), rows):
+        band = Image.fromarray(np.ascontiguousarray(pixels[top : top + rows, :, ::-1]))
+        converted[top : top + rows] = np.asarray(_apply(band, transform))[:, :, ::-1]
+    return converted
 
 
 def _apply(image: Image.Image, transform: ImageCms.ImageCmsTransform) -> Image.Image:

@@ -5,6 +5,7 @@ it, never the shard. It opens no file and no connection, and ends when its paren
 """
 
 import contextlib
+import fcntl
 import json
 import mmap
 import os
@@ -12,6 +13,7 @@ import resource
 import socket
 import struct
 import sys
+from collections.abc import Iterator
 from dataclasses import asdict
 from typing import Any
 
@@ -23,9 +25,7 @@ from curate.fetch.outcome import Picture
 
 REQUEST = struct.Struct("<Q")  # bytes of the body
 REPLY = struct.Struct("<IQ")  # bytes of the JSON facts, bytes of the image
-MEMORY_BYTES = (
-    6 * 1024**3
-)  # address space; of 50 megapixels a WebP with alpha needs 1.1 GB, a PNG 0.7, a JPEG 0.2 at its worst
+MEMORY_BYTES = 6 * 1024**3  # address space, of which `decode_memory_mb` bounds the part that is used
 _FACTS = ("status", "error", "ext", "width", "height", "original_width", "original_height", "phash")
 
 
@@ -56,7 +56,17 @@ def settings_text(settings: ImageSettings) -> str:
     return json.dumps(asdict(settings))
 
 
-def serve(link: socket.socket, memory: mmap.mmap, settings: ImageSettings) -> None:
+@contextlib.contextmanager
+def _turn(lock: int) -> Iterator[None]:
+    """Alone among the decoders of a worker; the system ends it with the process."""
+    fcntl.lockf(lock, fcntl.LOCK_EX)
+    try:
+        yield
+    finally:
+        fcntl.lockf(lock, fcntl.LOCK_UN)
+
+
+def serve(link: socket.socket, memory: mmap.mmap, lock: int, settings: ImageSettings) -> None:
     """Answer requests until the other end closes.
 
     A request is the length of the body that lies in `memory`; the image takes its place there.
@@ -64,7 +74,7 @@ def serve(link: socket.socket, memory: mmap.mmap, settings: ImageSettings) -> No
     _confine()
     while len(request := link.recv(REQUEST.size, socket.MSG_WAITALL)) == REQUEST.size:
         (length,) = REQUEST.unpack(request)
-        picture = process(memory[:length], settings)
+        picture = process(memory[:length], settings, _turn(lock))
         if len(picture.data) > len(memory):
             picture = Picture("decode_error", f"an image of {len(picture.data)} bytes")
         memory[: len(picture.data)] = picture.data
@@ -87,12 +97,12 @@ def _confine() -> None:
 
 
 def main(arguments: list[str]) -> None:
-    """`SOCKET MEMORY SETTINGS`: two descriptors and JSON, as the pool passes them."""
-    values: dict[str, Any] = json.loads(arguments[2])
+    """`SOCKET MEMORY LOCK SETTINGS`: three descriptors and JSON, as the pool passes them."""
+    values: dict[str, Any] = json.loads(arguments[3])
     memory = mmap.mmap(int(arguments[1]), 0)
     with contextlib.closing(socket.socket(fileno=int(arguments[0]))) as link:
         link.setblocking(True)
-        serve(link, memory, ImageSettings(**values))
+        serve(link, memory, int(arguments[2]), ImageSettings(**values))
 
 
 if __name__ == "__main__":

@@ -33,9 +33,9 @@ _ENVIRONMENT = {
 # The parent's sys.path, not the environment's: a Ray worker finds this package where its runtime environment put it.
 _PROGRAM = """
 import json, sys
-sys.path[:] = json.loads(sys.argv[4])
+sys.path[:] = json.loads(sys.argv[5])
 from curate.fetch.decoder import main
-main(sys.argv[1:4])
+main(sys.argv[1:5])
 """
 
 
@@ -45,7 +45,7 @@ class _Process:
     A 240 kB body over the socket cost 0.7 ms on both sides together; copied into shared memory it costs 0.05.
     """
 
-    def __init__(self, settings: ImageSettings, body_bytes: int) -> None:
+    def __init__(self, settings: ImageSettings, body_bytes: int, lock: BinaryIO) -> None:
         ours, theirs = socket.socketpair()
         ours.setblocking(False)
         text = decoder.settings_text(settings)
@@ -58,7 +58,7 @@ class _Process:
             size = decoder.shared_bytes(body_bytes, settings)
             shared.truncate(size)  # sparse: only what was touched is there
             self.memory = mmap.mmap(shared.fileno(), size)
-            descriptors = (theirs.fileno(), shared.fileno())
+            descriptors = (theirs.fileno(), shared.fileno(), lock.fileno())
             self.child = subprocess.Popen(  # noqa: S603  # our own interpreter and module
                 [sys.executable, "-c", _PROGRAM, *map(str, descriptors), text, json.dumps(sys.path)],
                 pass_fds=descriptors, stdin=subprocess.DEVNULL, env=environment,
@@ -120,6 +120,7 @@ class DecoderPool:
         self._idle: asyncio.LifoQueue[_Process | None] = asyncio.LifoQueue()
         self._all: set[_Process] = set()
         self._in_vain = 0
+        self._lock = _shared_file()  # of whoever decodes something large
         for _ in range(count):
             self._idle.put_nowait(None)  # started when first needed
 
@@ -127,6 +128,7 @@ class DecoderPool:
         """End all processes."""
         for process in list(self._all):
             self._end(process)
+        self._lock.close()
 
     async def process(self, body: bytes | bytearray) -> Picture:
         """The picture of a body, computed in one of the processes. Raises StageError when none can be started."""
@@ -140,7 +142,7 @@ class DecoderPool:
         keep: _Process | None = None
         try:
             if process is None:
-                process = _Process(self._settings, self._body_bytes)
+                process = _Process(self._settings, self._body_bytes, self._lock)
                 self._all.add(process)
             limit = self._decode_s if process.answered else self._decode_s + START_S
             async with asyncio.timeout(limit):

@@ -57,7 +57,7 @@ def image_settings(settings: FetchSettings) -> ImageSettings:
     return ImageSettings(
         settings.image_size, settings.resize_mode, settings.resize_only_if_bigger, settings.encode_format,
         settings.encode_quality, settings.skip_reencode, settings.strip_metadata, settings.min_image_size,
-        settings.max_aspect_ratio, settings.max_pixels, bool(settings.block_phashes),
+        settings.max_aspect_ratio, settings.max_pixels, settings.decode_memory_mb, bool(settings.block_phashes),
     )  # fmt: skip
 
 

@@ -4,6 +4,7 @@ Equal bytes and settings give equal bytes. Sizes are those a viewer shows (EXIF 
 name: only content counts.
 """
 
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 from functools import lru_cache
 
@@ -12,7 +13,7 @@ import numpy as np
 import numpy.typing as npt
 from PIL import Image
 
-from curate.fetch.decode import Header, Pixels, decode, read_header, to_srgb
+from curate.fetch.decode import Header, Pixels, decode, decode_bytes, read_header, to_srgb
 from curate.fetch.outcome import Picture, Refusal
 from curate.fetch.strip import stripped
 
@@ -23,6 +24,9 @@ PNG_LEVEL = 6  # img2dataset's png quality is 0–9; a value beyond is a jpg qua
 # to 256 px: 2.0: 47 (36) dB, 2.8 ms; 1.25: 42 (34) dB, 2.2 ms; 1.0: 40 (33) dB, 2.0 ms;
 # to 512 px: 2.0: 49 (41) dB, 4.2 ms; 1.25: 46 (39) dB, 3.4 ms; 1.0: 46 (38) dB, 3.2 ms; full decode + area: 8.7 ms.
 SCALE_MARGIN = 1.0
+LARGE_BYTES = 50_000_000  # of a decoder's memory: beyond, only one of a worker's decoders is at it at a time
+COPIES_BYTES = 6  # a pixel, of a picture that is not made smaller: turned, encoded
+ALONE = nullcontext()
 LONGEST_FILTER = 4.0  # source pixels per stored one; beyond, five taps no longer cover the box
 
 
@@ -40,25 +44,39 @@ class ImageSettings:
     min_image_size: int = 0
     max_aspect_ratio: float | None = None
     max_pixels: int = 50_000_000
+    decode_memory_mb: int = 300
     with_phash: bool = False
 
 
-def process(data: bytes, settings: ImageSettings) -> Picture:
-    """Check, decode, resize and encode one body. Never raises for what the bytes hold."""
+def process(data: bytes, settings: ImageSettings, turn: AbstractContextManager[object] = ALONE) -> Picture:
+    """Check, decode, resize and encode one body. Never raises for what the bytes hold. Large ones wait for `turn`."""
     try:
-        return _process(data, settings)
+        return _process(data, settings, turn)
     except Refusal as refusal:
         return Picture(refusal.status, refusal.error)
     except MemoryError:
         return Picture("decode_error", "out of memory while decoding")
 
 
-def _process(data: bytes, settings: ImageSettings) -> Picture:
+def _process(data: bytes, settings: ImageSettings, turn: AbstractContextManager[object]) -> Picture:
     header = read_header(data, settings.max_pixels)
     _check_shape(header, settings)
     size = resized(header.width, header.height, settings)
     may_keep = size is None and settings.skip_reencode and EXTENSIONS.get(header.kind) == settings.encode_format
-    decoded = decode(data, header, _denominator(header, size, may_keep and not settings.with_phash))
+    denominator = _denominator(header, size, may_keep and not settings.with_phash)
+    needed = decode_bytes(header, denominator) + (0 if size else COPIES_BYTES * header.width * header.height)
+    if needed > 1_000_000 * settings.decode_memory_mb:
+        what = f"{header.width}x{header.height} of {header.kind} take {needed // 1_000_000} MB to decode"
+        raise Refusal("too_many_pixels", f"{what}; fetch.decode_memory_mb is {settings.decode_memory_mb}")
+    with turn if needed > LARGE_BYTES else ALONE:
+        return _picture(data, settings, header, size, denominator, may_keep=may_keep)
+
+
+def _picture(
+    data: bytes, settings: ImageSettings, header: Header, size: tuple[int, int] | None, denominator: int,
+    *, may_keep: bool,
+) -> Picture:  # fmt: skip
+    decoded = decode(data, header, denominator)
     if may_keep and decoded.plain:
         kept = stripped(data, header) if settings.strip_metadata else data
         if kept is not None:

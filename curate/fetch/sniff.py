@@ -22,6 +22,7 @@ _AVIF_BRANDS = (b"avif", b"avis")
 # In entropy-coded data 0xFF is followed by 0x00, a restart marker or fill; anything else is the next marker.
 _NEXT_MARKER = re.compile(rb"\xff[^\x00\xd0-\xd7\xff]")
 _SOF = frozenset({0xC0, 0xC1, 0xC2, 0xC9, 0xCA})
+_SOF_PROGRESSIVE = frozenset({0xC2, 0xCA})
 _SOF_EXOTIC = frozenset({0xC3, 0xC5, 0xC6, 0xC7, 0xCB, 0xCD, 0xCE, 0xCF})  # lossless, hierarchical: nobody decodes them
 
 
@@ -90,6 +91,7 @@ class Jpeg:
     orientation: int  # EXIF 1–8
     icc: bytes | None
     scan: int  # offset of the first SOS marker
+    coefficients: float  # bytes a pixel that a decoder must hold: of all planes, where they come in several scans
     segments: tuple[tuple[int, int, int], ...] = field(repr=False)
 
 
@@ -97,7 +99,7 @@ def read_jpeg(data: bytes) -> Jpeg:
     """Walk the segments up to the first scan. Raises Refusal("decode_error") on a header nobody could decode."""
     at, end = 2, len(data)
     frame: tuple[int, int, int, int] | None = None
-    orientation = 1
+    orientation, progressive, planes = 1, False, 0.0
     icc: dict[int, bytes] = {}
     segments: list[tuple[int, int, int]] = []
     while at + 4 <= end:
@@ -118,6 +120,7 @@ def read_jpeg(data: bytes) -> Jpeg:
         if marker in _SOF and frame is None and length >= 8:
             precision, height, width, components = struct.unpack_from(">BHHB", data, at + 4)
             frame = (width, height, components, precision)
+            progressive, planes = marker in _SOF_PROGRESSIVE, _planes(data[at + 10 : stop])
         elif marker in _SOF_EXOTIC:
             raise Refusal("decode_error", f"JPEG of an unsupported process (SOF {marker:#x})")
         elif marker == 0xE1 and data[at + 4 : at + 10] == b"Exif\0\0":
@@ -130,9 +133,17 @@ def read_jpeg(data: bytes) -> Jpeg:
             if 0 in frame[:3]:
                 raise Refusal("decode_error", f"JPEG header claims {frame[0]}x{frame[1]} pixels")
             profile = b"".join(icc[number] for number in sorted(icc)) or None
-            return Jpeg(*frame, orientation, profile, at, tuple(segments))
+            held = 0.0 if not progressive and data[at + 4] == frame[2] else 2 * planes
+            return Jpeg(*frame, orientation, profile, at, held, tuple(segments))
         at = stop
     raise Refusal("decode_error", "JPEG ends before its picture begins")
+
+
+def _planes(components: bytes) -> float:
+    """Samples a pixel, of a frame header's components (id, sampling, table): 3 without subsampling, 1.5 for 4:2:0."""
+    sampling = [(part >> 4, part & 15) for part in components[1::3]]
+    most = max((h for h, _ in sampling), default=1) * max((v for _, v in sampling), default=1)
+    return sum(h * v for h, v in sampling) / max(1, most)
 
 
 def jpeg_scans_end(data: bytes, header: Jpeg) -> tuple[tuple[tuple[int, int, int], ...], int] | None:

@@ -2,6 +2,7 @@
 
 import asyncio
 import contextlib
+import fcntl
 import io
 import random
 import struct
@@ -283,6 +284,28 @@ def test_decoders_that_cannot_start_are_an_error(jpeg: bytes, monkeypatch: pytes
 
     with pytest.raises(StageError, match="before their first picture"):
         asyncio.run(go())
+
+
+def test_large_pictures_are_decoded_one_after_another(jpeg: bytes) -> None:
+    """Every decoder of a worker fills its memory at the same moment; or small pictures wait for the large ones."""
+    large = encoded(Image.new("RGB", (3000, 2500)), "PNG")
+
+    async def go() -> None:
+        pool = DecoderPool(SETTINGS, 2, 1_000_000)
+        try:
+            assert (await pool.process(large)).status == "ok"
+            fcntl.lockf(pool._lock, fcntl.LOCK_EX)  # as another decoder would hold it
+            waiting = asyncio.create_task(pool.process(large))
+            for _ in range(3):
+                assert (await pool.process(jpeg)).status == "ok"
+            await asyncio.sleep(0.3)
+            assert not waiting.done()
+            fcntl.lockf(pool._lock, fcntl.LOCK_UN)
+            assert (await waiting).status == "ok"
+        finally:
+            await pool.close()
+
+    asyncio.run(go())
 
 
 def test_no_process_outlives_its_pool(jpeg: bytes) -> None:

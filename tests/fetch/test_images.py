@@ -193,6 +193,23 @@ def test_shape_limits() -> None:
     assert process(banner, ImageSettings(max_pixels=7_999)).status == "too_many_pixels"
 
 
+def test_what_would_not_fit_into_memory_is_refused() -> None:
+    """A picture within `max_pixels` takes a gigabyte in the decoder; or one that is read in parts is refused."""
+    image, limits = scene(600, 500), ImageSettings(64, decode_memory_mb=2)  # 0.3 megapixels
+    for kind, options, status in (
+        ("JPEG", {}, "ok"), ("JPEG", {"progressive": True}, "ok"), ("GIF", {}, "too_many_pixels"),
+        ("JPEG", {"progressive": True, "subsampling": 0, "quality": 95}, "ok"), ("WEBP", {}, "too_many_pixels"),
+        ("PNG", {}, "too_many_pixels"), ("TIFF", {}, "too_many_pixels"), ("AVIF", {}, "too_many_pixels"),
+    ):  # fmt: skip
+        assert process(encoded(image, kind, **options), limits).status == status, (kind, options)
+    tight = ImageSettings(64, decode_memory_mb=1)
+    assert process(encoded(image, "JPEG"), tight).status == "ok"
+    coefficients = process(encoded(image, "JPEG", progressive=True, subsampling=0), tight)
+    assert coefficients.status == "too_many_pixels" and "decode_memory_mb is 1" in (coefficients.error or "")
+    whole = ImageSettings(resize_mode="no", skip_reencode=False, decode_memory_mb=2)
+    assert process(encoded(image, "JPEG"), whole).status == "too_many_pixels"
+
+
 @pytest.mark.parametrize("form", ["jpg", "png", "webp"])
 def test_equal_input_gives_equal_bytes(form: str) -> None:
     """A second run makes another data set."""
