@@ -11,7 +11,6 @@ import shutil
 import threading
 from collections import Counter
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import suppress
 from functools import partial
 from http.server import ThreadingHTTPServer
 from pathlib import Path
@@ -29,7 +28,7 @@ from curate.config import load_recipe
 from curate.emit.exports import COYO, export_coyo
 from curate.engine.driver import Driver
 from curate.engine.job import Job
-from curate.errors import ConfigError, WeightsError
+from curate.errors import WeightsError
 from curate.rows import columns_of, read_rows
 from curate.score.pool_counts import is_pool_count
 from curate.score.registry import build
@@ -56,16 +55,12 @@ def site(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Site]:
 
 @pytest.fixture(scope="module")
 def scored(site: Site, tmp_path_factory: pytest.TempPathFactory, ray_driver: Driver) -> Path:
-    """A root with what the recipes ask of the shared pool, fetched and scored once, on Ray; an entry whose columns
-    another writes too is left to its recipe's own run."""
+    """A root with what the recipes ask of the shared pool, fetched and scored once, on Ray."""
     folder = tmp_path_factory.mktemp("scored")
     score: dict[str, dict[str, Any]] = {}
     for file in FILES:
-        for name, entry in small(file, folder / "none", site).score.items() if file.stem not in OWN_FETCH else ():
-            with suppress(ConfigError):
-                if not is_pool_count(entry):
-                    build({**score, name: entry})
-                    score.setdefault(name, entry)
+        own = small(file, folder / "none", site).score if file.stem not in OWN_FETCH else {}
+        score |= {name: entry for name, entry in own.items() if not is_pool_count(entry)}
     plain = [f"score={json.dumps(score)}", "dedup=[]", "subsets={}"]
     job = Job(small(FOLDER / "metadata_only.yaml", folder / "run", site, *plain), driver=lambda: ray_driver)
     image_text.run(job)
