@@ -1,6 +1,6 @@
 """Quality of the detectors on real, labelled images: text, faces, blurred, blank.
 
-    python benchmarks/bench_quality.py [--shared DIR] [--recognition] [--images N] [--stored 512]
+    python benchmarks/bench_quality.py [--shared DIR] [--recognition] [--images N] [--stored 512] [--changed half]
 
 Prints a Markdown table with each figure, the bar it must pass, its 95 % bootstrap interval over the images, and the
 two halves of a random split: a figure that rests on a few files shows there. Nothing is fitted here. Blurred and blank
@@ -76,9 +76,9 @@ def load(path: Path) -> Uint8:
         return np.asarray(flat.convert("RGB"), dtype=np.uint8)
 
 
-def load_stored(path: Path, side: int | None) -> Uint8:
-    """The picture, shrunk to a longer side and through JPEG (90) as a pool holds it; as it is where `side` is None."""
-    image = load(path)
+def load_stored(path: Path, side: int | None, changed: str | None) -> Uint8:
+    """The picture, changed, shrunk to a longer side and through JPEG (90) as a pool holds it; None leaves that out."""
+    image = load(path) if changed is None else CHANGES[changed](load(path))
     scale = (side or max(image.shape[:2])) / max(image.shape[:2])
     if scale >= 1:
         return image
@@ -114,7 +114,9 @@ def halves(figure: Figure, rng: np.random.Generator) -> tuple[float, float]:
     return first, second
 
 
-def text_figures(root: Path, *, recognition: bool, limit: int | None, stored: int | None) -> list[Figure]:
+def text_figures(
+    root: Path, *, recognition: bool, limit: int | None, stored: int | None, changed: str | None
+) -> list[Figure]:
     """Text against no text, and heavy against the rest, for each column that ranks."""
     rows = [row for row in rows_of(root / "manifest.csv") if row["folder"].startswith("text_")][:limit]
     detector = TextDetector.from_file()
@@ -122,7 +124,7 @@ def text_figures(root: Path, *, recognition: bool, limit: int | None, stored: in
     found: dict[str, list[float]] = {}
     start, cpu = time.perf_counter(), time.process_time()
     for row in rows:
-        columns = score([load_stored(root / row["path"], stored)])
+        columns = score([load_stored(root / row["path"], stored, changed)])
         for column in ("text_density", "text_boxes", "text_area", "text_density_read", "text_chars"):
             if column in columns:
                 found.setdefault(column, []).append(float(np.asarray(columns[column])[0]))
@@ -138,11 +140,12 @@ def text_figures(root: Path, *, recognition: bool, limit: int | None, stored: in
     return figures
 
 
-def face_figures(root: Path, yunet: Path, stored: int | None) -> list[Figure]:
+def face_figures(root: Path, yunet: Path, stored: int | None, changed: str | None) -> list[Figure]:
     """Counted faces."""
     rows = rows_of(root / "faces.csv")
     start, cpu = time.perf_counter(), time.process_time()
-    counts = YuNetFaces.from_file(yunet)([load_stored(root / row["path"], stored) for row in rows])["num_faces"]
+    pictures = [load_stored(root / row["path"], stored, changed) for row in rows]
+    counts = YuNetFaces.from_file(yunet)(pictures)["num_faces"]
     report_time("faces", len(rows), start, cpu)
     values, labels = np.array(counts, dtype=np.float64), np.array([int(row["num_faces"]) for row in rows])
     return [
@@ -157,6 +160,19 @@ def through_jpeg(image: Uint8, quality: int = 85) -> Uint8:
     packed = io.BytesIO()
     Image.fromarray(image).save(packed, format="JPEG", quality=quality)
     return np.asarray(Image.open(packed), dtype=np.uint8)
+
+
+def _half(image: Uint8) -> Uint8:
+    size = (max(1, image.shape[1] // 2), max(1, image.shape[0] // 2))
+    return np.asarray(cv2.resize(image, size, interpolation=cv2.INTER_AREA), dtype=np.uint8)
+
+
+CHANGES: dict[str, Callable[[Uint8], Uint8]] = {
+    "half": _half,
+    "mirrored": lambda image: np.ascontiguousarray(image[:, ::-1]),
+    "q50": lambda image: through_jpeg(image, 50),
+    "turned": lambda image: np.ascontiguousarray(np.rot90(image)),
+}
 
 
 def pixel_figures(root: Path) -> list[Figure]:
@@ -224,6 +240,7 @@ def main() -> None:
     parser.add_argument(
         "--stored", type=int, help="text and faces on pictures shrunk to this longer side, as in a pool"
     )
+    parser.add_argument("--changed", choices=sorted(CHANGES), help="text and faces on pictures changed so")
     options = parser.parse_args()
     if options.shared is None:
         parser.error("name the folder with the labelled images: --shared DIR, or CURATE_SHARED")
@@ -231,8 +248,9 @@ def main() -> None:
     root = options.shared / "realdata"
     yunet = options.yunet or options.shared / "reference/yunet/onnx__yunet_n_dynamic.onnx"
     print(f"{platform.machine()}, {os.cpu_count()} CPUs, one thread a model")
-    figures = text_figures(root, recognition=options.recognition, limit=options.images, stored=options.stored)
-    print_table([*figures, *face_figures(root, yunet, options.stored), *pixel_figures(root)])
+    how = {"stored": options.stored, "changed": options.changed}
+    figures = text_figures(root, recognition=options.recognition, limit=options.images, **how)
+    print_table([*figures, *face_figures(root, yunet, **how), *pixel_figures(root)])
 
 
 if __name__ == "__main__":
