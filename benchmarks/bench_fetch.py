@@ -4,7 +4,7 @@
     python benchmarks/bench_fetch.py --part faults         # 10 % of hosts hang, 20 % are dead: ours with and without
     python benchmarks/bench_fetch.py --part kills --n 100000   # faults, two SIGKILLs: no row lost or fetched twice
     python benchmarks/bench_fetch.py --part transport      # which client library: bytes only, nothing decoded
-        (libcurl and HTTP/2 are left out unless `pip install pycurl hypercorn "httpx[http2]"` was done)
+        (httpx over HTTP/2 is left out unless `pip install "httpx[http2]"` was done)
 
 The server is a process of its own; CPU seconds are those of the client and all its children. "CPU ms/image" leaves
 out start-up (a run on 4 URLs), "with start-up" does not. Memory is the sum over the client's processes of their
