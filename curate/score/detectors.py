@@ -146,8 +146,10 @@ def _squeezed(picture: Picture) -> Image.Image:
 
 
 def providers(device: Device) -> tuple[str, ...]:
-    """ONNX Runtime's providers for a device."""
-    return ("CUDAExecutionProvider", "CPUExecutionProvider") if device.name == "cuda" else ("CPUExecutionProvider",)
+    """ONNX Runtime's providers for a device: CUDA where this onnxruntime has it (`curate[gpu]`), else the CPU's."""
+    from curate.score.onnx_session import CPU, CUDA, has_cuda  # noqa: PLC0415  # ONNX Runtime: on workers only
+
+    return (CUDA, *CPU) if device.name == "cuda" and has_cuda() else CPU
 
 
 class FacesSettings(WeightsSettings):

@@ -12,6 +12,12 @@ import onnxruntime as ort
 from curate.errors import WeightsError
 
 CPU = ("CPUExecutionProvider",)
+CUDA = "CUDAExecutionProvider"
+
+
+def has_cuda() -> bool:
+    """Whether this onnxruntime was built for CUDA; the plain wheel is not."""
+    return CUDA in ort.get_available_providers()
 
 
 def open_session(path: Path | str, *, threads: int = 1, providers: Sequence[str] = CPU) -> ort.InferenceSession:

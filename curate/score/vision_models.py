@@ -20,6 +20,7 @@ from transformers import AutoImageProcessor, AutoModel, AutoModelForImageClassif
 
 from curate.errors import WeightsError
 from curate.score.decode import Picture
+from curate.score.detectors import providers
 from curate.score.onnx_session import open_session
 from curate.score.pixels import Mode, Pixels, in_parts, mixed, moved
 from curate.score.scorer import Device, Float32
@@ -94,8 +95,7 @@ def open_torchscript(weights: Path, settings: TorchScriptSettings, device: Devic
 
 def open_onnx(weights: Path, settings: FileSettings, output: str | None, unit: bool, device: Device) -> VisionModel:
     """The output as it is, or as unit vectors; [N, h, w, 3] or [N, 3, h, w], of bytes or floats, as the file says."""
-    providers = ("CUDAExecutionProvider",) if device.name == "cuda" else ()
-    session = open_session(weights, threads=device.threads, providers=(*providers, "CPUExecutionProvider"))
+    session = open_session(weights, threads=device.threads, providers=providers(device))
     taken = session.get_inputs()[0]
     last, whole = taken.shape[-1] == 3, taken.type == "tensor(uint8)"
     transform = _squared(settings, whole=whole)
