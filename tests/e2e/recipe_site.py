@@ -33,7 +33,7 @@ from tests.e2e.test_realdata import Quiet
 OWN_FETCH = {"align", "coyo700m", "relaion"}
 FETCH = ["fetch.allow_networks=[127.0.0.1/32]", "fetch.timeout_s=60", "fetch.first_byte_timeout_s=60"]
 SHARED_FETCH = "fetch={image_size: 512, allow_networks: [127.0.0.1/32], timeout_s: 60, first_byte_timeout_s: 60}"
-ROWS = 300
+ROWS = 220
 # No models: what they say is computed anew, or a rule that a number of the config is right for as it stands.
 RULES = {"text_stats", "text_facts", "phash", "text_count", "url_count", "rare_words", None}
 # `{n}` differs from row to row, so that these texts stand once; {m} makes small groups. The rest stand often.
