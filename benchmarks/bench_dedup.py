@@ -22,6 +22,7 @@ import subprocess
 import sys
 import time
 from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import numpy as np
@@ -164,13 +165,25 @@ def faiss_hamming(hashes: np.ndarray) -> np.ndarray:
 
 
 def ours_cosine(vectors: np.ndarray) -> np.ndarray:
-    """curate.dedup.cells: train, assign, pairs in cells."""
-    from curate.dedup.cells import PROBES, ROWS_PER_CELL, SAMPLE_PER_CELL, measure_recall, pairs_over_cells, train_cells
+    """curate.dedup.cells: train, assign, then cells side by side with one thread each, as the step's tasks are."""
+    import torch
 
-    cells = max(1, round(len(vectors) * PROBES / ROWS_PER_CELL))
-    centres = train_cells(vectors[:: max(1, len(vectors) // (cells * SAMPLE_PER_CELL))], len(vectors))
-    pairs, _ = pairs_over_cells(vectors, centres, COSINE)
-    recall = measure_recall(vectors, COSINE, pairs, rows=1_024)  # as many as the step takes
+    from curate.dedup import cells as by
+
+    count = max(1, round(len(vectors) * by.PROBES / by.ROWS_PER_CELL))
+    centres = by.train_cells(vectors[:: max(1, len(vectors) // (count * by.SAMPLE_PER_CELL))], len(vectors))
+    entered, _ = by.assign_cells(vectors, centres)
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+
+    def of_cell(item: tuple[int, np.ndarray]) -> np.ndarray:
+        cell, rows = item
+        return rows[by.pairs_in_cell(vectors[rows], entered[rows], cell, COSINE)[0]]
+
+    with ThreadPoolExecutor(threads, initializer=torch.set_num_threads, initargs=(1,)) as pool:
+        pairs = np.concatenate([np.empty((0, 2), np.int64), *pool.map(of_cell, by.rows_of_cells(entered))])
+    torch.set_num_threads(threads)
+    recall = by.measure_recall(vectors, COSINE, pairs, rows=1_024)  # as many as the step takes
     print(f"cells {len(centres)}, recall by its own sample {recall.rate:.4f} (>= {recall.lower:.4f})", file=sys.stderr)
     return pairs
 
