@@ -22,13 +22,22 @@ Prefixes = npt.NDArray[np.uint64]  # sorted; the first 8 bytes of each digest: 1
 
 def _lines(path: str) -> Iterator[str]:
     try:
-        with fsspec.open(path, "rt", encoding="utf-8") as stream:
+        with fsspec.open(path, "rt", encoding="utf-8-sig") as stream:
             for line in stream:
                 entry = line.partition("#")[0].strip() if "://" not in line else line.strip()
                 if entry:
                     yield entry
     except (OSError, ValueError, ImportError) as error:
         raise ConfigError(f"block list {path}: cannot be read: {error}") from None
+
+
+def _domain(entry: str, path: str) -> str:
+    """A name as DNS has it: without the wildcard, in lower case, other scripts in Punycode."""
+    name = entry.lower().lstrip("*.").rstrip(".")
+    try:
+        return URL.build(scheme="http", host=name).raw_host or ""
+    except ValueError:
+        raise ConfigError(f"block list {path}: {entry[:80]!r} is no domain; write e.g. evil.example") from None
 
 
 def _digests(paths: Iterable[str]) -> dict[str, Prefixes]:
@@ -80,7 +89,7 @@ class BlockList:
                 if len(entry) != 16:
                     raise ConfigError(f"block list {path}: {entry[:80]!r} is no 16-digit pHash")
         return cls(
-            frozenset(entry.lower().lstrip("*.").rstrip(".") for path in domains for entry in _lines(path)),
+            frozenset(_domain(entry, path) for path in domains for entry in _lines(path)),
             frozenset(entry for path in urls for entry in _lines(path)),
             _digests(url_hashes),
             _digests(hashes),
@@ -95,7 +104,7 @@ class BlockList:
 
     def refuses_url(self, url: URL, text: str) -> str | None:
         """Why a URL (`text` as the table or the redirect spells it) is not asked for."""
-        host = (url.host or "").lower().rstrip(".")
+        host = (url.raw_host or "").lower().rstrip(".")  # as DNS has it: not every `xn--` can be decoded
         while host and self.domains:
             if host in self.domains:
                 return f"domain {host}"

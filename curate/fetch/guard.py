@@ -38,6 +38,8 @@ _SPECIAL_V6 = tuple(ipaddress.IPv6Network(text) for text in (
 _NAT64 = ipaddress.IPv6Network("64:ff9b::/96")  # an IPv4 address in its last 32 bits; judged as that one
 
 _CONTROL = re.compile(r"[\x00-\x1f\x7f]")
+# libcurl decodes `%2e` in a host and takes `*` for any: what was judged here would not be what is connected to.
+_NAME = re.compile(r"[a-z0-9_-]+(\.[a-z0-9_-]+)*\.?", re.IGNORECASE)
 _NUMERIC_HOST = re.compile(r"(.*\.)?(0[xX][0-9a-fA-F]*|[0-9]+)")  # ends in a number: an address (WHATWG URL, 3.5)
 
 
@@ -135,6 +137,8 @@ class Guard:
         numeric = _numeric(host)
         address = None if numeric is None else str(numeric)
         if address is None:
+            if not _NAME.fullmatch(host):
+                raise Refusal("bad_url", f"{brief(host)} is no host name")
             bare = host.rstrip(".")
             if _NUMERIC_HOST.fullmatch(bare):
                 try:

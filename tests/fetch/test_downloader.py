@@ -10,6 +10,7 @@ import subprocess
 import sys
 import time
 from collections import Counter
+from collections.abc import Sequence
 from pathlib import Path
 
 import imagehash
@@ -22,6 +23,7 @@ from curate.errors import ConfigError, PlanError
 from curate.fetch.blocklist import BlockList
 from curate.fetch.downloader import Downloader, Row, check_settings
 from curate.fetch.outcome import Outcome, Status
+from curate.fetch.resolver import Found
 from curate.fetch.spool import Fetched, Spool, digest_of
 from curate.schema import STATUSES
 from tests.fetch.conftest import ALLOWED, Fetch, encoded, scene
@@ -88,8 +90,23 @@ def test_broken_block_lists_are_an_error_of_the_plan(tmp_path: Path) -> None:
         BlockList.load(hashes=[str(tmp_path / "list")])
     with pytest.raises(ConfigError, match="cannot be read"):
         BlockList.load(domains=[str(tmp_path / "absent")])
+    (tmp_path / "domains").write_text("https://evil.example/\n")
+    with pytest.raises(ConfigError, match="no domain"):
+        BlockList.load(domains=[str(tmp_path / "domains")])
     with pytest.raises(ConfigError, match="pHash"):
         BlockList.load(phashes=[str(tmp_path / "list")])
+
+
+def test_domains_are_compared_as_dns_has_them(tmp_path: Path, fetch: Fetch) -> None:
+    """A host that is no valid Punycode ends the shard; or an editor's BOM, or another script, lets a domain through."""
+    (tmp_path / "list").write_bytes("\ufeffevil.example\r\nxn--bcher-kva.example\r\n*.kühe.example.\r\n\r\n".encode())
+    lists = BlockList.load(domains=[str(tmp_path / "list")])
+    urls = [f"http://{host}/" for host in ("evil.example", "bücher.example", "a.xn--khe-hoa.example", "xn--a", "xn--")]
+
+    async def lookup(host: str) -> Sequence[Found]:
+        raise OSError("no such name")
+
+    assert statuses(fetch(urls, lists, lookup)) == [*["blocked_list"] * 3, "dns", "dns"]
 
 
 def test_block_list_of_many_hashes_is_fast(tmp_path: Path) -> None:

@@ -63,7 +63,8 @@ def test_every_spelling_of_a_forbidden_address_is_seen(text: str) -> None:
     "gopher://h/x", "data:image/png;base64,AAAA", "javascript:alert(1)", "s3://b/k", "http://", "http:///x", "http://:80/",
     "http://u:p@h.example/x", "http://u@h.example/", "http://h.example:0/", "http://h.example:65536/",
     "http://h.example:x/", "http://[::1/", "http://h.example/a\r\nX: y", "http://h.example/\x00", "http://h\t.example/",
-    "http://" + "a" * 9000, "http://999.999.999.999/", "http://1.2.3.4.5/",
+    "http://" + "a" * 9000, "http://999.999.999.999/", "http://1.2.3.4.5/", "http://127.0.0%2e2/", "http://%65vil.example/",
+    "http://*/", "http://a,b/", "http://a b/", "http://a..b/", "http://./", "http://{a,b}/", "http://h%00.example/",
 ])  # fmt: skip
 def test_what_is_no_http_url_is_a_bad_url(text: str | None) -> None:
     """A scheme that reads files, credentials that leak, or a header smuggled in by a line break."""
