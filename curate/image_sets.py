@@ -5,8 +5,9 @@
     datasets:FOLDER[:SPLIT]             as `datasets` saves it or loads it from files
     datasets:NAME@COMMIT[:SPLIT]        of the hub
 
-Bytes and names alone: nothing is decoded here. It refuses sets without images, a dataset with more than one column of
-images, and one of the hub that names no commit, since nobody could tell when it changed.
+Bytes and names alone: nothing is decoded here, and a link in a tar is an image without bytes. It refuses sets without
+images, a dataset with more than one column of images, and one of the hub that names no commit, since nobody could tell
+when it changed.
 """
 
 import re
@@ -15,9 +16,10 @@ from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from functools import lru_cache
 from pathlib import Path, PurePosixPath
-from typing import IO, Any
+from typing import IO, Any, cast
 
 import fsspec
+from fsspec.implementations.local import LocalFileSystem
 
 from curate.errors import PlanError
 
@@ -85,23 +87,37 @@ def images_of(piece: Piece) -> Iterator[tuple[str, bytes]]:
             yield f"{DATASETS}{':'.join(filter(None, piece.paths))}#{number}", _bytes_of(rows[number]["image"])
         return
     for path in piece.paths:
-        with fsspec.open(path, "rb") as handle:
+        with _open(path) as handle:
             if piece.kind == "files":
-                yield path, handle.read()
+                yield _printable(path), handle.read()
                 continue
             try:
                 for name, data in _images_in(handle):
-                    yield f"{path}#{name}", data
+                    yield _printable(f"{path}#{name}"), data
             except tarfile.TarError as error:
                 raise PlanError(f"{path} is no whole tar: {error}; restore it") from None
+
+
+def _open(path: str) -> IO[bytes]:
+    """A file that `_files` named; a local one as it is called, for "::" in a URL means a file system inside another."""
+    local = path.startswith("file://")
+    opened = LocalFileSystem().open(path, "rb") if local else fsspec.open(path, "rb").open()
+    return cast(IO[bytes], opened)
+
+
+def _printable(name: str) -> str:
+    """A name as text: what is no UTF-8 in it is spelled out."""
+    return name.encode("utf-8", "backslashreplace").decode()
 
 
 def _images_in(handle: IO[bytes]) -> Iterator[tuple[str, bytes]]:
     with tarfile.open(fileobj=handle, mode="r|") as archive:
         for member in archive:
-            stream = archive.extractfile(member)
-            if stream is not None and PurePosixPath(member.name).suffix.lower() in SUFFIXES:
-                yield member.name, stream.read()
+            if PurePosixPath(member.name).suffix.lower() not in SUFFIXES:
+                continue
+            stream = archive.extractfile(member) if member.isfile() else None  # a stream cannot go back to a link's end
+            if stream is not None or member.issym() or member.islnk():
+                yield member.name, stream.read() if stream is not None else b""
 
 
 def _bytes_of(image: Mapping[str, Any] | None) -> bytes:

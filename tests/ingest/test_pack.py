@@ -173,6 +173,96 @@ def test_a_killed_pack_goes_on(tmp_path: Path, sets: dict[str, list[bytes]]) -> 
         _pack(str(tmp_path / "bad"), "b", tmp_path / "none")
 
 
+def _tar(path: Path, *members: tuple[str, bytes | str]) -> None:
+    """A tar of files by their bytes, and of hard links by what they point to."""
+    with tarfile.open(path, "w") as archive:
+        for name, content in members:
+            info = tarfile.TarInfo(name)
+            if isinstance(content, str):
+                info.type, info.linkname = tarfile.LNKTYPE, content
+            else:
+                info.size = len(content)
+            archive.addfile(info, io.BytesIO(content if isinstance(content, bytes) else b""))
+
+
+def test_nothing_is_written_over(tmp_path: Path, sets: dict[str, list[bytes]]) -> None:
+    """Guards a person's own tars: `00000.tar` of the set itself or of another pool was replaced by ours, without a
+    word, when it lay where --out pointed."""
+    own = tmp_path / "own"
+    own.mkdir()
+    _tar(own / "00000.tar", *((f"{number}.jpg", data) for number, data in enumerate(sets["tars"])))
+    before = tree(own)
+    for images in (str(own / "*.tar"), str(tmp_path / "folder")):
+        with pytest.raises(PlanError, match="choose another --out"):
+            _pack(images, "x", own, per_tar=2)
+    assert tree(own) == before
+
+
+@pytest.mark.parametrize("change", ["name", "bytes", "fewer", "table"])
+def test_another_set_under_the_same_files_is_refused(tmp_path: Path, sets: dict[str, list[bytes]], change: str) -> None:
+    """Guards against a second run that says it packed what it did not: another --name, other bytes under the same file
+    names, tars of images that are gone, a table that is none."""
+    _pack(str(tmp_path / "folder"), "x", tmp_path / "out", per_tar=2)
+    if change == "bytes":
+        (tmp_path / "folder/0.png").write_bytes(_image(77, "PNG"))
+    elif change == "fewer":
+        for name in ("deep/1.png", "deep/3.png"):
+            (tmp_path / "folder" / name).unlink()
+    elif change == "table":
+        (tmp_path / "out/00001.parquet").write_bytes(b"garbage")
+    with pytest.raises(PlanError, match="choose another --out"):
+        _pack(str(tmp_path / "folder"), "y" if change == "name" else "x", tmp_path / "out", per_tar=2)
+
+
+def test_tars_cut_from_the_end_are_noticed(tmp_path: Path, sets: dict[str, list[bytes]]) -> None:
+    """Guards against tars that a larger set left behind the last one, and a tar that went while its table stayed."""
+    _pack(str(tmp_path / "folder"), "x", tmp_path / "out", per_tar=2)
+    before = tree(tmp_path / "out")
+    (tmp_path / "out/00001.tar").unlink()
+    with pytest.raises(PlanError, match=r"00001\.parquet has no tar"):
+        _pack(str(tmp_path / "folder"), "x", tmp_path / "out", per_tar=2)
+    (tmp_path / "out/00001.parquet").unlink()
+    _pack(str(tmp_path / "folder"), "x", tmp_path / "out", per_tar=2)
+    assert tree(tmp_path / "out") == before
+    for name in ("deep/3.png", "z.jpg"):
+        (tmp_path / "folder" / name).unlink()
+    with pytest.raises(PlanError, match=r"00002\.tar is of other images"):
+        _pack(str(tmp_path / "folder"), "x", tmp_path / "out", per_tar=2)
+
+
+def test_odd_names_and_kinds_are_packed(tmp_path: Path) -> None:
+    """Guards a whole set against one name: "::", which fsspec reads as a file inside another, bytes that are no UTF-8,
+    links in a tar; and pictures of phones (MPO, JPEGs of two views) against being left out."""
+    phone, view = io.BytesIO(), Image.new("RGB", (20, 20))
+    view.save(phone, "MPO", save_all=True, append_images=[view])
+    folder = tmp_path / "odd"
+    folder.mkdir()
+    for name in ("a::b", "a#b", "a%20b", "a?*[b]", "\udce9"):
+        (folder / f"{name}.jpg").write_bytes(phone.getvalue())
+    (folder / "last.jpg").write_bytes(_image(1, "PPM"))
+    assert _pack(str(folder), "x", tmp_path / "out") == (6, 1)
+    rows = pq.read_table(tmp_path / "out/00000.parquet").to_pylist()
+    assert len({row["url"] for row in rows}) == 6 and rows[-1]["url"].endswith("/\\udce9.jpg")
+    assert next(row["error_message"] for row in rows if row["error_message"]).startswith("PPM is none of JPEG")
+    with tarfile.open(tmp_path / "out/00000.tar") as archive:
+        assert all(name.endswith(".jpg") for name in archive.getnames())
+    _tar(
+        tmp_path / "links.tar",
+        ("a.jpg", _image(1)),
+        ("b.jpg", "a.jpg"),
+        ("c.jpg", _image(2)),
+        ("\udce9.jpg", _image(3)),
+    )
+    assert _pack(str(tmp_path / "links.tar"), "x", tmp_path / "links") == (4, 1)
+
+
+@pytest.mark.parametrize("name", ["", " ", "a\nb"])
+def test_a_name_that_nobody_can_ask_for_is_refused(tmp_path: Path, sets: dict[str, list[bytes]], name: str) -> None:
+    """Guards against a set that no `where: dataset = …` finds."""
+    with pytest.raises(PlanError, match="--name"):
+        _pack(str(tmp_path / "folder"), name, tmp_path / "out")
+
+
 def test_the_commands(tmp_path: Path, sets: dict[str, list[bytes]]) -> None:
     """Guards the words that the README and the recipes name: pack, and entries with the paper's thresholds."""
     told = CliRunner().invoke(app, ["pack", str(tmp_path / "folder"), "--name", "x", "--out", str(tmp_path / "x")])
