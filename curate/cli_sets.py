@@ -12,6 +12,7 @@ from rich.console import Console
 
 from curate.errors import PlanError
 from curate.metrics import progress
+from curate.store import Store
 
 out = Console(width=None if sys.stdout.isatty() else 160, emoji=False)
 
@@ -55,11 +56,15 @@ def entries(
     files = [] if wordnet is None else sorted(wordnet.glob("index.[anv]*"))
     if wordnet is not None and not files:
         raise PlanError(f"--wordnet {wordnet}: no index.noun, index.verb, index.adj or index.adv there")
+    if to.suffix == ".json":
+        raise PlanError(f"--out {to}: the list is text, an entry a line; a name in .json would be read as JSON")
     if wordnet is None and unigrams is None and bigrams is None and titles is None:
         raise PlanError("entries: name at least one of --wordnet, --unigrams, --bigrams, --titles")
     counted = ((unigrams, least_count), (bigrams, least_information), (titles, least_views))
     found = put_together(
         wordnet_names(files), *(at_least(scored(path), least) for path, least in counted if path is not None)
     )
-    to.write_text("".join(f"{entry}\n" for entry in found), encoding="utf-8")
+    store = Store(str(to.parent))
+    store.check(writable=True)
+    store.put_bytes(to.name, "".join(f"{entry}\n" for entry in found).encode())  # whole or not at all
     out.print(f"wrote {to}: {len(found):,} entries", markup=False)

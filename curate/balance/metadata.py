@@ -6,6 +6,7 @@ given twice. It refuses to fetch or to count anything: the files come from the u
 distribution; tab-separated counts and scores). How the paper computes the mutual information is not published.
 """
 
+import math
 import string
 from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
@@ -18,25 +19,38 @@ LONGEST = 256  # characters, as in the second version of MetaCLIP
 def wordnet_names(paths: Iterable[Path]) -> Iterator[str]:
     """The lemmas of WordNet `index.noun`, `index.verb`, … files, underscores as spaces; licence lines are skipped."""
     for path in paths:
-        with path.open(encoding="utf-8") as lines:
-            for line in lines:
-                if not line.startswith(" ") and line.strip():
-                    yield line.split(" ", 1)[0].replace("_", " ")
+        for line in _lines(path):
+            if not line.startswith(" ") and line.strip():
+                yield line.split(" ", 1)[0].replace("_", " ")
 
 
 def scored(path: Path) -> dict[str, float]:
-    """A file of lines name, tab, count or score. Raises SourceError with the line that is not one."""
+    """A file of lines name, tab, count or score; the largest of a name that comes twice. Raises SourceError with the
+    line that is not one, and for a file without any."""
     scores: dict[str, float] = {}
-    with path.open(encoding="utf-8") as lines:
-        for number, line in enumerate(lines, start=1):
-            name, tab, score = line.rstrip("\n").rpartition("\t")
-            try:
-                scores[name] = float(score)
-            except ValueError:
-                tab = ""
-            if not tab:
-                raise SourceError(f"{path}, line {number}: expected a name, a tab and a number")
+    for number, line in enumerate(_lines(path), start=1):
+        name, tab, score = line.rstrip("\n").rpartition("\t")
+        try:
+            held = float(score)
+        except ValueError:
+            held = math.nan
+        if not tab or math.isnan(held):
+            raise SourceError(f"{path}, line {number}: expected a name, a tab and a number")
+        scores[name] = max(held, scores.get(name, held))
+    if not scores:
+        raise SourceError(f"{path}: it holds no line; expected names, each with a tab and a number")
     return scores
+
+
+def _lines(path: Path) -> Iterator[str]:
+    """The lines of a text file, whatever mark of byte order it begins with. Raises SourceError."""
+    try:
+        with path.open(encoding="utf-8-sig") as lines:
+            yield from lines
+    except UnicodeDecodeError as error:
+        raise SourceError(f"{path} is no text in UTF-8: {error}; convert it, or unpack it first") from None
+    except OSError as error:
+        raise SourceError(f"{path} cannot be read: {error}") from None
 
 
 def at_least(scores: Mapping[str, float], least: float) -> Iterator[str]:

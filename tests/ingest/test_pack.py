@@ -19,6 +19,7 @@ import pytest
 from PIL import Image
 from typer.testing import CliRunner
 
+from curate.balance.entries import read_entries
 from curate.cli import app
 from curate.config import parse_recipe
 from curate.engine.job import Job
@@ -284,3 +285,27 @@ def test_the_commands(tmp_path: Path, sets: dict[str, list[bytes]]) -> None:
     assert out.read_text().splitlines()[99:] == ["99", "hot dog", "cat", "new york", "The Cat"]
     assert CliRunner().invoke(app, ["entries", "--out", str(out)]).exit_code == 2
     assert CliRunner().invoke(app, ["entries", "--out", str(out), "--wordnet", str(tmp_path)]).exit_code == 2
+
+
+@pytest.mark.parametrize(
+    ("data", "words"),
+    [(b"caf\xe9\t500\n", "no text in UTF-8"), (b"\x1f\x8b\x08\0", "unpack it first"), (b"", "holds no line"),
+     (b"a\t1\nb\tnan\n", "line 2: expected a name"), (None, "cannot be read")],
+)  # fmt: skip
+def test_broken_counts_are_refused(tmp_path: Path, data: bytes | None, words: str) -> None:
+    """Guards against a traceback of Python, and against a list that NaN put out of order or that lacks a whole
+    source."""
+    (tmp_path / "views").write_bytes(data) if data is not None else None
+    told = CliRunner().invoke(app, ["entries", "--titles", str(tmp_path / "views"), "--out", str(tmp_path / "e.txt")])
+    assert told.exit_code == 2 and words in " ".join(told.output.split())
+    assert not (tmp_path / "e.txt").exists()
+
+
+def test_entries_are_whole_and_read_back(tmp_path: Path) -> None:
+    """Guards against a first word that begins with a mark of byte order and so never matches, a word lost to its rarer
+    spelling in the same file, a folder that is not there yet, and a list that `balance.entries` cannot read."""
+    (tmp_path / "uni").write_text("\ufefffirst\t500\nx\t200\nx\t5\n", encoding="utf-8")
+    words = ["entries", "--unigrams", str(tmp_path / "uni"), "--out"]
+    assert CliRunner().invoke(app, [*words, str(tmp_path / "new/e.txt")]).exit_code == 0
+    assert read_entries(str(tmp_path / "new/e.txt"))[100:] == ["first", "x"]
+    assert CliRunner().invoke(app, [*words, str(tmp_path / "e.json")]).exit_code == 2
