@@ -42,6 +42,7 @@ class Block:
         floor: a product of heads below it cannot belong to a pair that reaches the threshold.
         full_floor: the same for float32 products of whole rows.
         is_cut: whether `heads` are less than the vectors, so that a full product rules out more.
+        is_extreme: whether some row is too short or too long to be divided by its length in float32.
     """
 
     def __init__(
@@ -51,8 +52,9 @@ class Block:
         check_vectors(vectors, threshold)
         self.device = torch.device(device or ("cuda" if torch.cuda.is_available() else "cpu"))
         self.threshold, self.strict = np.float32(threshold), strict
-        self.given = torch.from_numpy(np.ascontiguousarray(vectors)).to(self.device)
+        self.given = torch.from_numpy(np.require(vectors, requirements=["C", "W"])).to(self.device)
         self.scale = self._scale()
+        self.is_extreme = bool((self.scale > 1e37).any() or ((self.scale > 0) & (self.scale < 1e-37)).any())
         usable = self.scale.cpu().numpy() > 0
         if only is not None:
             usable &= only == np.arange(len(vectors))
@@ -73,8 +75,11 @@ class Block:
     def unit(self, rows: IntArray) -> torch.Tensor:
         """Return float32[len(rows), d], normalised, of rows of the given vectors."""
         at = torch.from_numpy(rows).to(self.device)
-        scale = self.scale.float()
-        parts = [self.given[part].float() * scale[part, None] for part in torch.split(at, CACHED_ROWS)]
+        if self.is_extreme:  # 1 / length is no float32
+            parts = [self.wide(part).float() for part in np.split(rows, range(CACHED_ROWS, len(rows), CACHED_ROWS))]
+        else:
+            scale = self.scale.float()
+            parts = [self.given[part].float() * scale[part, None] for part in torch.split(at, CACHED_ROWS)]
         empty = torch.empty((0, self.given.shape[1]), device=self.device)
         return torch.cat(parts) if parts else empty
 

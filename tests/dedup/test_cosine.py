@@ -64,6 +64,18 @@ def test_pairs_are_those_of_brute_force(
     np.testing.assert_array_equal(groups(n, edges), groups(n, pairs))
 
 
+@pytest.mark.parametrize("length", [3e-43, 3e38])
+def test_lengths_at_the_ends_of_float32(length: float) -> None:
+    """Rows so short that 1 / length is infinite as float32, or so long that it is rounded: no copy of them found."""
+    vectors = _vectors(3, 90, 16)
+    vectors = (vectors / np.nanmax(np.abs(np.where(np.isfinite(vectors), vectors, 0))) * length).astype(np.float32)
+    vectors.flags.writeable = False  # as a buffer read from a file: nothing warns of it
+    want = _brute_force(vectors, 0.9)
+    assert len(want) > 5
+    np.testing.assert_array_equal(pairs_above(vectors, 0.9)[0], want)
+    np.testing.assert_array_equal(groups(90, edges_above(vectors, 0.9)[0]), groups(90, want))
+
+
 @pytest.mark.parametrize("width", [64, 200])
 @pytest.mark.parametrize("threshold", [0.5, 0.9])
 @pytest.mark.parametrize("rounded", [False, True])
