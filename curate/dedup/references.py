@@ -147,7 +147,7 @@ def _bytes(settings: ReferenceSettings, place: str) -> bytes:
 def _hashes(data: bytes, path: str) -> Reference:
     if path.endswith(".parquet"):
         table = pq.read_table(io.BytesIO(data))
-        names = [field.name for field in table.schema if pa.types.is_string(field.type)]
+        names = [field.name for field in table.schema if _is_text(field.type)]
         for name in sorted(names, key=lambda name: "hash" not in name):
             texts = table[name].to_pylist()
             if texts and all(text is None or is_hash(text) for text in texts):
@@ -155,11 +155,17 @@ def _hashes(data: bytes, path: str) -> Reference:
                 ids = [one for one, has in zip(_ids(table, [name]) or texts, there, strict=True) if has]
                 return Reference(np.array(ids, np.str_), hashes_of(texts))
         raise ValueError("no column of 16 hexadecimal digits")
-    lines = [line.split(maxsplit=1) for line in data.decode().splitlines() if line.strip()]
+    lines = [line.split(maxsplit=1) for line in data.decode("utf-8-sig").split("\n") if line.strip()]
     wrong = next((line[0] for line in lines if not is_hash(line[0])), None)
     if wrong is not None:
         raise ValueError(f"{wrong[:40]!r} is not 16 hexadecimal digits")
     return Reference(np.array([line[-1].strip() for line in lines], np.str_), hashes_of([line[0] for line in lines]))
+
+
+def _is_text(kind: pa.DataType) -> bool:
+    """As pandas, Polars and `datasets` write strings."""
+    kind = kind.value_type if pa.types.is_dictionary(kind) else kind
+    return bool(pa.types.is_string(kind) or pa.types.is_large_string(kind) or pa.types.is_string_view(kind))
 
 
 def _vectors(data: bytes, path: str) -> Reference:
@@ -177,7 +183,8 @@ def _vectors(data: bytes, path: str) -> Reference:
 def _vectors_of_table(table: pa.Table) -> Reference:
     for field in table.schema:
         kind = field.type
-        if (pa.types.is_list(kind) or pa.types.is_fixed_size_list(kind)) and pa.types.is_floating(kind.value_type):
+        lists = pa.types.is_list(kind) or pa.types.is_large_list(kind) or pa.types.is_fixed_size_list(kind)
+        if lists and pa.types.is_floating(kind.value_type):
             column = table[field.name]
             if not pa.types.is_fixed_size_list(kind):
                 there = column.drop_null()

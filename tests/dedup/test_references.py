@@ -76,6 +76,23 @@ def test_nearest_vector_is_that_of_brute_force(dtype: str) -> None:
     assert (place >= 0).sum() > 20
 
 
+def test_what_other_libraries_write_is_read(tmp_path: Path) -> None:
+    """A file of Polars, pandas or a Windows editor that is said to hold no hashes, or no vectors."""
+    hashes, ids = ["000000000000000a", "00000000000000FF"], ["a\u2028b", "c d"]
+    for kind in (pa.large_string(), pa.string_view(), pa.dictionary(pa.int8(), pa.string())):
+        file = tmp_path / "h.parquet"
+        pq.write_table(pa.table({"id": ids, "phash": pa.array(hashes, pa.string()).cast(kind)}), file)
+        read = read_reference(ReferenceSettings(name="s", hashes=str(file)), "here")
+        assert read.values.tolist() == [10, 255] and read.ids.tolist() == ids
+    text = tmp_path / "h.txt"
+    text.write_bytes("".join(f"{h} {i}\r\n" for h, i in zip(hashes, ids, strict=True)).encode("utf-8-sig"))
+    read = read_reference(ReferenceSettings(name="s", hashes=str(text)), "here")
+    assert read.values.tolist() == [10, 255] and read.ids.tolist() == ids
+    file = tmp_path / "v.parquet"
+    pq.write_table(pa.table({"e": pa.array([[1.0, 2.0], [3.0, 4.0]], pa.large_list(pa.float32()))}), file)
+    assert read_reference(ReferenceSettings(name="s", embeddings=str(file)), "here").values.shape == (2, 2)
+
+
 def test_every_form_of_a_set_is_read(tmp_path: Path) -> None:
     """Guards against ids that slip by a row, and a column that is taken for hashes."""
     hashes = ["00ff00ff00ff00ff", "ABCDEF0123456789"]
