@@ -4,6 +4,7 @@ Honoured: `X-Robots-Tag` (noai, noimageai, noindex, noimageindex, none, noml; fo
 headers, several tokens), `tdm-reservation: 1` (W3C TDMRep), and robots.txt (RFC 9309). Nothing here asks the network.
 """
 
+import re
 from collections.abc import Iterable
 from dataclasses import dataclass
 
@@ -11,6 +12,10 @@ AGENTS = ("curate", "img2dataset")  # img2dataset: those who shut out the usual 
 OPT_OUTS = frozenset({"noai", "noimageai", "noindex", "noimageindex", "noml", "none"})  # none = noindex, nofollow
 
 ROBOTS_BYTES = 500 * 1024  # RFC 9309 2.5: at least this much must be read
+_AGENT = re.compile(
+    r"\s*\S+\s*"
+)  # of two words before a colon it is a date: `unavailable_after: Fri, 25 Jun 2010 15:…`
+_WORD = re.compile(r"[^\s\"']+")
 _VALUED = frozenset({"unavailable_after", "max-snippet", "max-image-preview", "max-video-preview"})
 
 
@@ -18,13 +23,15 @@ def opted_out(x_robots_tags: Iterable[str], tdm_reservations: Iterable[str]) -> 
     """The header that refuses the use of this response, as it is recorded; None when there is none."""
     for value in x_robots_tags:
         agent = ""  # nobody named: everyone is meant
-        for part in value.lower().split(","):
+        for part in re.split("[,;]", value.lower()):
             name, colon, rest = part.partition(":")
-            if colon and name.strip() not in _VALUED:
+            if colon and name.strip() in _VALUED:
+                continue
+            if colon and _AGENT.fullmatch(name):
                 agent, part = name.strip(), rest  # noqa: PLW2901  # the token holds until the next one
-            directive = part.strip()
-            if directive in OPT_OUTS and agent in ("", "*", *AGENTS):
-                return f"X-Robots-Tag: {agent + ': ' if agent else ''}{directive}"
+            for directive in _WORD.findall(part):
+                if directive in OPT_OUTS and agent in ("", "*", *AGENTS):
+                    return f"X-Robots-Tag: {agent + ': ' if agent else ''}{directive}"
     if any(value.strip() == "1" for value in tdm_reservations):
         return "tdm-reservation: 1"
     return None

@@ -12,6 +12,8 @@ from curate.fetch.consent import opted_out, parse_robots
     (["*: noai"], "noai"), (["googlebot: noindex, curate: noai"], "noai"),
     (["unavailable_after: 25 Jun 2010 15:00:00 PST", "noai"], "noai"),
     (["max-image-preview: large, noai"], "noai"),
+    (["unavailable_after: Fri, 25 Jun 2010 15:00:00 GMT, noai"], "noai"), (["noarchive; noai"], "noai"),
+    (["noarchive noai"], "noai"), (['"noai"'], "noai"),
 ])  # fmt: skip
 def test_opt_outs_are_seen_in_all_their_forms(values: list[str], found: str) -> None:
     """A directive in a second header, in capitals, or for our agent only is overlooked."""
