@@ -22,6 +22,8 @@ LARGE_BYTES = 1_000_000  # a body beyond this needs a permit, so that memory is 
 LARGE_AT_ONCE = 8
 DRAINED_BYTES = 64_000  # of a body that is not wanted: cheaper to read than a new connection
 DRAIN_S = 1.0
+_DEFLATED = frozenset({"gzip", "x-gzip", "deflate"})
+_UNREADABLE = frozenset({"br", "zstd", "compress", "x-compress", "dcb", "dcz"})
 
 
 class Temporary(Refusal):
@@ -89,6 +91,7 @@ class Answer:
         self._inflate: zlib._Decompress | None = None
         self._start, self._received = 0.0, 0
         self._data = bytearray()
+        self._left = b""  # of a chunk, compressed
         self._permit = False
         self._held_at = 0.0
         self._resume: Callable[[], None] | None = None
@@ -130,31 +133,53 @@ class Answer:
 
     def take(self, chunk: memoryview) -> bool:
         """Bytes of the body; False while a large one waits for its permit. Raises Enough, or Refusal at a limit."""
-        if not self._permit and len(self._data) + len(chunk) > LARGE_BYTES and self.verdict is None:
-            self._permit = self._permits.take(self)
-            if not self._permit:
-                self._held_at = self._loop.time()
-                self._clock.reschedule(None)
-                return False
-        self._received += len(chunk)
         if self.verdict is not None:
+            self._received += len(chunk)
             if self._received > DRAINED_BYTES:
                 raise Enough
             return True
         try:
-            self._data += chunk if self._inflate is None else self._inflated(chunk)
+            if self._inflate is not None:
+                if not self._inflated(chunk):
+                    return False
+            elif self._admit(len(self._data) + len(chunk)):
+                self._data += chunk
+            else:
+                return False
+            self._received += len(chunk)
             self._check()
         except Refusal as refusal:
             self.verdict = refusal
             raise Enough from None
         return True
 
-    def _inflated(self, chunk: memoryview) -> bytes:
+    def _admit(self, size: int) -> bool:
+        """Whether so many bytes may be held now. If not, the permit is waited for, and the clock stands still."""
+        if self._permit or size <= LARGE_BYTES:
+            return True
+        self._permit = self._permits.take(self)
+        if not self._permit:
+            self._held_at = self._loop.time()
+            self._clock.reschedule(None)
+        return self._permit
+
+    def _inflated(self, chunk: memoryview) -> bool:
+        """Whether all of a chunk, or of what is left of it, was inflated: a thousandfold, so no more than is admitted.
+
+        What follows the stream's end is not looked at: zlib would keep it, and copy it anew with each chunk.
+        """
         assert self._inflate is not None
-        try:
-            return self._inflate.decompress(chunk, max(1, self._cap + 1 - len(self._data)))
-        except zlib.error as error:
-            raise Refusal("decode_error", brief(error)) from None
+        source: bytes | memoryview = self._left or chunk
+        while source and not self._inflate.eof and len(self._data) <= self._cap:
+            limit = (self._cap if self._permit else min(self._cap, LARGE_BYTES)) + 1 - len(self._data)
+            try:
+                self._data += self._inflate.decompress(source, max(1, limit))
+            except zlib.error as error:
+                raise Refusal("decode_error", brief(error)) from None
+            source = self._left = self._inflate.unconsumed_tail
+            if source and not self._admit(len(self._data)):
+                return False
+        return True
 
     def _check(self) -> None:
         if max(self._received, len(self._data)) > self._cap:
@@ -180,6 +205,9 @@ class Answer:
     def end(self) -> None:
         """The transfer is over, one way or another."""
         self._permits.forget(self)
+
+    def release(self) -> None:
+        """The body is done with: the next large one may come."""
         if self._permit:
             self._permits.give()
             self._permit = False
@@ -194,19 +222,21 @@ class Answer:
             raise Refusal("decode_error", "compressed body ends early")
         if not self._data:
             raise Refusal("empty", "no bytes in the body")
-        return Body("ok", None, self._data)
+        return Body("ok", None, self._data, self.release)
 
 
 def _length(headers: Headers) -> int | None:
     value = headers.first("content-length")
-    return int(value) if value is not None and value.isascii() and value.isdigit() else None
+    if value is None or not (value.isascii() and value.isdigit()):
+        return None
+    return int((value.lstrip("0") or "0")[:20])  # int() raises beyond some thousand digits
 
 
 def _retry_after(value: str | None) -> float | None:
     """Seconds from a Retry-After header, which holds seconds or a date."""
     if value is None:
         return None
-    if value.strip().isdigit():
+    if value.isascii() and value.strip().isdigit():
         return float(value.strip()[:9])
     try:
         return max(0.0, email.utils.parsedate_to_datetime(value).timestamp() - time.time())
@@ -215,10 +245,12 @@ def _retry_after(value: str | None) -> float | None:
 
 
 def _inflater(encoding: str | None) -> "zlib._Decompress | None":
-    """A decompressor for a body that came compressed although identity was asked for."""
-    name = (encoding or "identity").strip().lower()
-    if name in ("identity", ""):
-        return None
-    if name in ("gzip", "x-gzip", "deflate"):
-        return zlib.decompressobj(wbits=zlib.MAX_WBITS | 32)  # gzip or zlib, by its header
-    raise Refusal("decode_error", brief(f"Content-Encoding {name} was not asked for"))
+    """A decompressor for a body that came compressed although identity was asked for.
+
+    Names that are no compression (`aws-chunked`, `utf-8`, `none`) are passed over, as browsers do.
+    """
+    names = [name.partition(";")[0].strip().lower() for name in (encoding or "").split(",")]
+    deflated = sum(name in _DEFLATED for name in names)
+    if deflated > 1 or not _UNREADABLE.isdisjoint(names):
+        raise Refusal("decode_error", brief(f"Content-Encoding {encoding} was not asked for"))
+    return zlib.decompressobj(wbits=zlib.MAX_WBITS | 32) if deflated else None  # gzip or zlib, by its header

@@ -20,7 +20,7 @@ from curate.config import FetchSettings
 from curate.fetch.answer import Answer, Permits, Redirect, Temporary
 from curate.fetch.consent import AGENTS, ROBOTS_BYTES, Robots, parse_robots
 from curate.fetch.guard import BlockedAddress, Guard, is_address
-from curate.fetch.outcome import Body, Refusal, brief
+from curate.fetch.outcome import Body, Refusal, Status, brief
 from curate.fetch.resolver import CachingResolver, Lookup, server_lookup, system_lookup
 from curate.fetch.transport import TransferError, Transport
 
@@ -29,6 +29,7 @@ _TLS = frozenset({
     pycurl.E_SSL_CONNECT_ERROR, pycurl.E_PEER_FAILED_VERIFICATION, pycurl.E_SSL_CERTPROBLEM, pycurl.E_SSL_CIPHER,
     pycurl.E_SSL_CACERT_BADFILE, pycurl.E_SSL_ISSUER_ERROR, pycurl.E_SSL_ENGINE_INITFAILED,
 })  # fmt: skip
+_LASTING: dict[int, Status] = {pycurl.E_COULDNT_RESOLVE_HOST: "dns", pycurl.E_URL_MALFORMAT: "bad_url"}
 ROBOTS_KEPT_S = 24 * 3600.0  # RFC 9309 2.4: not longer than a day
 ROBOTS_FAILED_S = 300.0
 ROBOTS_HOSTS = 50_000
@@ -91,6 +92,20 @@ class Client:
         first_byte_s = min(budget_s, self._settings.first_byte_timeout_s)
         clock = asyncio.timeout(first_byte_s)
         answer = Answer(self._settings, cap, budget_s, clock, self._permits, consent=consent)
+        kept = False
+        try:
+            await self._transfer(url, answer, clock, first_byte_s, budget_s, close=close)
+            found = answer.result()
+            kept = isinstance(found, Body)
+            return found
+        finally:
+            if not kept:
+                answer.release()
+
+    async def _transfer(
+        self, url: URL, answer: Answer, clock: asyncio.Timeout, first_byte_s: float, budget_s: float, *, close: bool
+    ) -> None:
+        """Let the answer come, as far as it does. Raises Refusal where it gave no verdict itself."""
         try:
             async with clock:
                 try:
@@ -107,7 +122,6 @@ class Client:
         except Exception as error:  # whatever the library says of hostile bytes costs this URL, not the shard
             if answer.verdict is None:
                 raise _refusal(error) from None
-        return answer.result()
 
     async def _addresses(self, url: URL) -> Sequence[str]:
         """Of a URL's host; empty where the URL names one itself, or a proxy does the looking up."""
@@ -171,7 +185,7 @@ class Client:
             if refusal.status in ("timeout", "dns", "connect", "tls", "blocked_address"):
                 kind = Temporary if isinstance(refusal, Temporary) else Refusal
                 return ALLOW_ALL, kind(refusal.status, f"robots.txt: {refusal.error}")
-            if refusal.status in ("too_large", "too_slow"):
+            if refusal.status in ("too_large", "too_slow", "decode_error"):
                 return ALLOW_ALL, Refusal("robots", f"robots.txt: {refusal.error}")
         return ALLOW_ALL, None  # 4xx, empty, endless redirects: there is no robots.txt
 
@@ -182,10 +196,9 @@ def _refusal(error: Exception) -> Refusal:
         return Refusal("blocked_address", brief(str(error)))
     if not isinstance(error, TransferError):
         return Temporary("connect", brief(error))
-    if error.code == pycurl.E_OPERATION_TIMEDOUT:
-        return Temporary("timeout", brief(str(error)))
+    text = brief(str(error))
     if error.code in _TLS:
-        return Refusal("tls", brief(str(error)))
-    if error.code == pycurl.E_URL_MALFORMAT:
-        return Refusal("bad_url", brief(str(error)))
-    return Temporary("connect", brief(str(error)))
+        return Refusal("tls", text)
+    if error.code in _LASTING:
+        return Refusal(_LASTING[error.code], text)
+    return Temporary("timeout" if error.code == pycurl.E_OPERATION_TIMEDOUT else "connect", text)

@@ -197,7 +197,10 @@ class Crawl:
 
     async def _end(self, job: _Job, body: Body) -> None:
         self._finishing += 1
-        await self._finish(job.number, body)
+        try:
+            await self._finish(job.number, body)
+        finally:
+            body.release()
         self._finishing -= 1
         self._open -= 1
         async with self._eased:

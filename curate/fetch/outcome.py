@@ -4,6 +4,7 @@ The vocabulary is `curate.schema.STATUSES`; it is spelled again as a type so tha
 (a test holds the two equal). Nothing here decides anything.
 """
 
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Literal
 
@@ -27,11 +28,12 @@ class Refusal(Exception):
 
 @dataclass(frozen=True)
 class Body:
-    """What a server sent for a URL: `data` (decompressed) when status is ok."""
+    """What a server sent for a URL: `data` (decompressed) when status is ok. `release` once it is needed no longer."""
 
     status: Status
     error: str | None = None
     data: bytes | bytearray = b""
+    release: Callable[[], None] = lambda: None
 
 
 @dataclass(frozen=True)

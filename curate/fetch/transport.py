@@ -76,13 +76,16 @@ class _Line:
         self.curl.setopt(pycurl.OPENSOCKETFUNCTION, self._open)
         self.curl.setopt(pycurl.HEADERFUNCTION, self._header)
         self.curl.setopt(pycurl.WRITEFUNCTION, self._write, use_memoryview=True)
-        self.failure: BaseException | None = None  # what a callback raised
+        self.failure: BaseException | None = None  # what the reader raised
+        self.unopened: OSError | None = None  # why there is no socket
         self._reader: Reader | None = None
         self._code, self._headers = 0, Headers()
+        self._in_head = self._judged = False  # trailers, and a header that is named HTTP/, begin no answer
 
     def begin(self, url: URL, addresses: Sequence[str], reader: Reader, *, close: bool) -> None:
         """Set out for `url`. `addresses` of its host; none where the URL names one itself or a proxy resolves."""
-        self._reader, self.failure, self._code = reader, None, 0
+        self._reader, self.failure, self.unopened = reader, None, None
+        self._in_head = self._judged = False
         self.curl.setopt(pycurl.URL, str(url))
         if addresses:
             self.curl.setopt(pycurl.RESOLVE, [f"+{url.raw_host}:{url.port}:{','.join(addresses)}"])
@@ -98,20 +101,22 @@ class _Line:
         try:
             return self._open_socket((address.family, address.socktype, address.protocol, "", address.addr))
         except OSError as error:
-            self.failure = error  # of several addresses a later one may do: this counts only if none did
+            self.unopened = error  # of several addresses another one may do: this counts only if none did
             return int(pycurl.SOCKET_BAD)
 
     def _header(self, line: bytes) -> int | None:
         try:
-            if line.startswith(b"HTTP/"):
-                self._code, self._headers = int(line.split(None, 2)[1]), Headers()
+            if not self._in_head and line.startswith(b"HTTP/"):
+                self._code, self._headers, self._in_head = int(line.split(None, 2)[1]), Headers(), True
             elif line not in (b"\r\n", b"\n"):
                 name, _, value = line.partition(b":")
                 text = value.strip().decode("utf-8", "surrogateescape")
                 self._headers.lines.append((name.strip().lower().decode("latin-1"), text))
-            elif self._code >= 200 and self._reader is not None:  # not an interim answer, not the end of trailers
+            elif self._code < 200:  # an interim answer: another head follows
+                self._in_head = False
+            elif self._reader is not None and not self._judged:  # else the end of trailers
+                self._judged = True
                 self._reader.head(self._code, self._headers)
-                self._code = 0
         except Exception as error:
             self.failure = error
             return _ABORT
@@ -121,12 +126,16 @@ class _Line:
         try:
             assert self._reader is not None
             if not self._reader.take(chunk):
-                self._reader.paused(lambda: self.curl.pause(pycurl.PAUSE_CONT))
+                self._reader.paused(self._go_on)
                 return _HELD
         except Exception as error:
             self.failure = error
             return _ABORT
         return None
+
+    def _go_on(self) -> None:
+        with suppress(pycurl.error):  # the reader would not have the bytes: this transfer's end, not the caller's
+            self.curl.pause(pycurl.PAUSE_CONT)
 
 
 class Transport:
@@ -179,6 +188,8 @@ class Transport:
         except pycurl.error as error:
             if line.failure is not None:
                 raise line.failure from None
+            if line.unopened is not None and error.args[0] == pycurl.E_COULDNT_CONNECT:
+                raise line.unopened from None
             raise TransferError(*error.args) from None
         except asyncio.CancelledError:
             with suppress(RuntimeError):  # gone already

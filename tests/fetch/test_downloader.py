@@ -189,6 +189,7 @@ def test_robots_are_asked_once_and_before_the_image(server: HostileServer, jpeg:
     (answer(b"", "503 Busy"), "robots"), (answer(b"", "429 Slow"), "robots"),
     (answer(b"", "302 Found", "Location: /r2"), "robots"), (answer(b"", "302 Found", "Location: /robots.txt"), "ok"),
     (answer(b"", "302 Found", "Location: file:///etc/passwd"), "ok"),
+    (answer(b"x", "200 OK", "Content-Encoding: br"), "robots"),
     (answer(b""), "ok"), (answer(b"\xff\xfe\x00garbage" * 99), "ok"), (answer(b"x", length=10**9), "robots"),
 ])  # fmt: skip
 def test_what_a_robots_answer_means(

@@ -110,6 +110,14 @@ def bad_answers(server: HostileServer, jpeg: bytes) -> Table:
     add("gzip-cut", answer(gzip.compress(jpeg)[:-40], "200 OK", "Content-Encoding: gzip"), "decode_error")
     add("brotli", answer(b"\x0b\x02\x80hello\x03", "200 OK", "Content-Encoding: br"), "decode_error")
     add("two-encodings", answer(jpeg, "200 OK", "Content-Encoding: gzip, gzip"), "decode_error")
+    for name in ("aws-chunked", "utf-8", "none", "identity"):
+        add(f"encoding-{name}", answer(jpeg, "200 OK", f"Content-Encoding: {name}"), "ok")
+    add("encoding-list", answer(gzip.compress(jpeg), "200 OK", "Content-Encoding: identity, gzip"), "ok")
+    add("length-digits", answer(jpeg, "200 OK").replace(b"Length: ", b"Length: " + b"9" * 5000), "too_large")
+    add("retry-digit", b"HTTP/1.1 503 X\r\nRetry-After: \xc2\xb2\r\nContent-Length: 0\r\n\r\n", "http_5xx")
+    add("status-name", answer(jpeg, "200 OK", "X-Robots-Tag: noai", "HTTP/1.1: 200"), "opted_out")
+    chunks = b"HTTP/1.1 200 OK\r\nTransfer-Encoding: chunked\r\n\r\n%x\r\n%b\r\n0\r\n" % (len(jpeg), jpeg)
+    add("trailer", chunks + b"HTTP/1.1: 302\r\nLocation: http://127.0.0.2/\r\n\r\n", "ok")
     add("cookie", answer(jpeg, "200 OK", "Set-Cookie: id=1; Domain=127.0.0.1"), "ok")
     return table
 

@@ -1,14 +1,17 @@
 """Through a proxy, over HTTP/2, and what large bodies may hold of the memory."""
 
 import asyncio
+import gzip
 import socket
 import ssl
 import subprocess
 import threading
-from collections.abc import Iterator
+import time
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
+import psutil
 import pytest
 from hypercorn.asyncio import serve
 from hypercorn.config import Config
@@ -17,7 +20,13 @@ from pydantic import ValidationError
 from curate.config import FetchSettings
 from curate.errors import PlanError
 from curate.fetch.answer import LARGE_AT_ONCE, LARGE_BYTES
+from curate.fetch.blocklist import BlockList
+from curate.fetch.client import Client
+from curate.fetch.crawl import Crawl
 from curate.fetch.downloader import check_settings
+from curate.fetch.guard import Guard
+from curate.fetch.outcome import Body
+from curate.fetch.resolver import Found
 from tests.fetch.conftest import Fetch
 from tests.fetch.hostile_server import HostileServer, Request, answer
 
@@ -149,6 +158,10 @@ def test_http_2_over_tls(two: tuple[str, list[dict[str, Any]]], fetch: Fetch) ->
     assert len({scope["client"] for scope in seen}) <= 2
 
 
+async def _loopback(host: str) -> Sequence[Found]:
+    return [(socket.AF_INET, "127.0.0.1")]
+
+
 def test_large_bodies_wait_for_their_turn(server: HostileServer, jpeg: bytes, fetch: Fetch) -> None:
     """A host of large files fills the memory; or a body that waited for its turn is cut, doubled or called slow."""
     started = finished = most = 0
@@ -164,9 +177,93 @@ def test_large_bodies_wait_for_their_turn(server: HostileServer, jpeg: bytes, fe
         await writer.drain()
         finished += 1
 
-    base = server.route("/large/*", large)
-    urls = [f"{base}{number}.jpg" for number in range(3 * LARGE_AT_ONCE)]
-    outcomes = fetch(urls, per_host=64, robots=False, timeout_s=3.0, first_byte_timeout_s=3.0)
+    server.route("/large/*", large)
+    urls = [f"http://h{number}.example:{server.port}/large/{number}.jpg" for number in range(3 * LARGE_AT_ONCE)]
+    outcomes = fetch(urls, lookup=_loopback, robots=False, timeout_s=3.0, first_byte_timeout_s=3.0)
     assert [outcome.status for outcome in outcomes] == ["ok"] * len(urls), [outcome.error for outcome in outcomes]
     assert {outcome.original_bytes for outcome in outcomes} == {len(body)}
     assert most > LARGE_AT_ONCE, "none had to wait: this test has shown nothing"
+
+
+def test_a_large_body_that_is_refused_ends_alone(server: HostileServer, jpeg: bytes, fetch: Fetch) -> None:
+    """Bytes that waited for their turn are refused, and whoever gave the turn loses its own picture by it."""
+
+    async def large(request: Request, writer: asyncio.StreamWriter) -> None:
+        first = int(request.path.rsplit("/", 1)[1]) < LARGE_AT_ONCE
+        if not first:  # without a length, one chunk beyond the cap
+            writer.write(b"HTTP/1.1 200 OK\r\nConnection: close\r\n\r\n" + bytes(LARGE_BYTES + 300_000))
+            return
+        writer.write(answer(b"", length=LARGE_BYTES + 1500) + jpeg + bytes(LARGE_BYTES + 500 - len(jpeg)))
+        await writer.drain()
+        await asyncio.sleep(1)
+        writer.write(bytes(1000))
+
+    server.route("/l/*", large)
+    urls = [f"http://h{n}.example:{server.port}/l/{n}" for n in range(2 * LARGE_AT_ONCE)]
+    outcomes = fetch(urls, lookup=_loopback, robots=False, max_bytes=LARGE_BYTES + 2000)
+    expected = ["ok"] * LARGE_AT_ONCE + ["too_large"] * LARGE_AT_ONCE
+    assert [outcome.status for outcome in outcomes] == expected, [outcome.error for outcome in outcomes]
+
+
+def test_compressed_bodies_are_bounded_together(server: HostileServer, fetch: Fetch) -> None:
+    """A packet of each of many hosts becomes 16 MB of memory, of all of them at once."""
+    packet = gzip.compress(bytes(60_000_000), 9)[:16_000]
+    head = b"HTTP/1.1 200 OK\r\nContent-Encoding: gzip\r\nContent-Length: 900000\r\n\r\n"
+
+    async def stall(request: Request, writer: asyncio.StreamWriter) -> None:
+        writer.write(head + packet)
+        await asyncio.sleep(30)
+
+    server.route("/b/*", stall)
+    urls = [f"http://h{n}.example:{server.port}/b/{n}" for n in range(5 * LARGE_AT_ONCE)]
+    most, over = 0, threading.Event()
+
+    def watch() -> None:
+        nonlocal most
+        while not over.wait(0.02):
+            most = max(most, psutil.Process().memory_info().rss)
+
+    watcher = threading.Thread(target=watch)
+    before = psutil.Process().memory_info().rss
+    watcher.start()
+    outcomes = fetch(urls, lookup=_loopback, robots=False, timeout_s=1.5, first_byte_timeout_s=1.5)
+    over.set()
+    watcher.join()
+    found = [outcome.status for outcome in outcomes]
+    assert set(found) <= {"too_slow", "timeout"} and found.count("too_slow") > LARGE_AT_ONCE
+    assert most - before < 300e6, f"{(most - before) / 1e6:.0f} MB"
+
+
+def test_what_follows_a_compressed_body_is_not_kept(server: HostileServer, jpeg: bytes, fetch: Fetch) -> None:
+    """zlib keeps it and copies all of it with each chunk: 25 MB of it held every other transfer for a minute."""
+    body = gzip.compress(jpeg) + bytes(25_000_000)
+    start = time.process_time()
+    (outcome,) = fetch([server.static("/a.jpg", answer(body, "200 OK", "Content-Encoding: gzip"))], robots=False)
+    assert outcome.status == "ok" and outcome.original_bytes == len(jpeg)
+    assert time.process_time() - start < 3
+
+
+def test_large_bodies_that_wait_for_a_decoder_are_bounded(server: HostileServer, jpeg: bytes) -> None:
+    """Pictures that are slow to decode let finished bodies pile up: 64 of 50 MB each."""
+    body = jpeg + bytes(2 * LARGE_BYTES)
+    base = server.static("/p/*", answer(body)) and server.base + "/p/"
+    settings = FetchSettings(allow_networks=["127.0.0.1/32"], robots=False, per_host=64)
+    waiting = most = done = 0
+
+    async def finish(number: int, body: Body) -> None:
+        nonlocal waiting, most, done
+        waiting += 1
+        most = max(most, waiting)
+        await asyncio.sleep(0.2)
+        waiting -= 1
+        done += body.status == "ok"
+
+    async def run() -> None:
+        guard = Guard(settings.allow_networks)
+        client = Client(settings, guard)
+        urls = [(n, f"{base}{n}") for n in range(6 * LARGE_AT_ONCE)]
+        await Crawl(client, guard, BlockList(), settings, finish).run(urls)
+        await client.close()
+
+    asyncio.run(run())
+    assert done == 6 * LARGE_AT_ONCE and LARGE_AT_ONCE // 2 < most <= LARGE_AT_ONCE
