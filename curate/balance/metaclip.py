@@ -8,7 +8,7 @@ fate depends on neither shard nor order. It refuses to clean: matching is case-s
 
 import itertools
 import string
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from typing import Any, Literal
 
 import ahocorasick_rs
@@ -42,6 +42,7 @@ UNSPACED = (
 )
 PUNCTUATION = frozenset(string.punctuation + "，。、；：？！“”‘’（）【】《》〈〉「」『』～—")
 CAPTIONS_PER_PASS = 1 << 16  # 70 MB for captions of 70 characters, whose common words are then looked up once
+CHARACTERS_PER_PASS = 1 << 26  # of captions longer than those: at most 270 MB, far from the 2 GB that a text may have
 
 
 def matches(captions: Sequence[str | None], entries: Sequence[str], version: Literal[1, 2] = 1) -> Int64:
@@ -78,10 +79,7 @@ class Matcher:
 
     def matches(self, captions: Sequence[str | None]) -> Int64:
         """(caption, entry) index pairs int64[M, 2], sorted and unique."""
-        passes = [
-            self._pass(captions[start : start + CAPTIONS_PER_PASS], start)
-            for start in range(0, len(captions), CAPTIONS_PER_PASS)
-        ]
+        passes = [self._pass(captions[start:stop], start) for start, stop in _passes(captions)]
         return np.concatenate(passes) if passes else np.zeros((0, 2), np.int64)
 
     def _pass(self, captions: Sequence[str | None], first: int) -> Int64:
@@ -104,6 +102,19 @@ class Matcher:
         hits = itertools.chain.from_iterable(itertools.chain.from_iterable(found))
         pattern = np.fromiter(hits, np.int64, 3 * int(number.sum()))[::3]  # of (pattern, start, end)
         return np.repeat(np.arange(len(found)), number), pattern
+
+
+def _passes(captions: Sequence[str | None]) -> Iterator[tuple[int, int]]:
+    """Runs of captions that are matched as one text; a long caption may be a run by itself."""
+    start = held = 0
+    for at, caption in enumerate(captions):
+        size = len(caption) if caption else 0
+        if at > start and (at - start == CAPTIONS_PER_PASS or held + size > CHARACTERS_PER_PASS):
+            yield start, at
+            start, held = at, 0
+        held += size
+    if len(captions) > start:
+        yield start, len(captions)
 
 
 class _Patterns:

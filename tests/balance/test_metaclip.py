@@ -9,7 +9,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from curate.balance import metadata
+from curate.balance import metaclip, metadata
 from curate.balance.metaclip import (
     Matcher,
     caption_probabilities,
@@ -237,3 +237,16 @@ def test_every_pair_of_entries_may_overlap() -> None:
     entries = [" ".join(p) for n in (1, 2, 3) for p in itertools.product(words, repeat=n)]
     captions: list[str | None] = [" ".join(p) for p in itertools.product(words, repeat=5)]
     assert as_pairs(matches(captions, entries)) == loop(captions, entries)
+
+
+def test_long_captions_are_matched_in_passes(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Guards against captions of a megabyte (pages pasted into alt texts), of which 2,000 in a batch made a text of
+    more than 2 GB, which ended the run."""
+    captions = ["a dog " * 40, None, "cat", "", *["dog, cat"] * 9, "a dog" * 50, "cat"]
+    for version in (1, 2):
+        whole = metaclip.Matcher(["dog", "cat", "a dog"], version).matches(captions)  # type: ignore[arg-type]
+        monkeypatch.setattr(metaclip, "CHARACTERS_PER_PASS", 20)
+        assert len(list(metaclip._passes(captions))) > 5
+        parts = metaclip.Matcher(["dog", "cat", "a dog"], version).matches(captions)  # type: ignore[arg-type]
+        assert np.array_equal(whole, parts) and len(whole)
+        monkeypatch.undo()
