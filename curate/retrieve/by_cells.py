@@ -122,7 +122,7 @@ def _draw(work: Retrieval, folder: str, table: pa.Table) -> pa.Table:
     rows, parts = _numbered(work.pool.starts, table), []
     for number, one in enumerate(work.named("cluster")):
         every = max(len(rows), 1)
-        draw = ClusterRetrieval(chosen[number], one.per_cell or every, every, _seed(work, one))
+        draw = ClusterRetrieval(chosen[number], min(one.per_cell or every, every), every, _seed(work, one))
         draw.add(cells, rows, keys)
         found = draw.result().rows
         parts.append(_verdict(work.pool.starts, found, number, np.ones(len(found), np.int64)))

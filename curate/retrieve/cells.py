@@ -55,8 +55,10 @@ def usable(vectors: npt.NDArray[Any]) -> npt.NDArray[np.bool_]:
 
 
 def widened(vectors: npt.NDArray[Any]) -> Float32:
-    """float32[n, d] of float16 or float32 rows. By torch: numpy's own conversion took longer than the product."""
+    """float32[n, d] of rows of any float type. By torch: numpy's own conversion took longer than the product."""
     rows = np.ascontiguousarray(vectors)
+    if rows.dtype == np.longdouble:  # which torch does not know
+        rows = rows.astype(np.float64)
     if not rows.flags.writeable:  # a memory map; torch warns of what it cannot guard
         rows = rows.copy()
     floats: Float32 = torch.from_numpy(rows).float().numpy()

@@ -1,9 +1,9 @@
 """Search over codes of the pool instead of its vectors, and the exact comparison afterwards.
 
-    <work>/codec.npz                               FAISS's codec, trained on a sample of the pool
-    <work>/<set>/coarse/<chunk>/<part>.npz         neighbours of a chunk of seeds among the codes of a part of the pool
-    <work>/<set>/pairs/<shards>/<chunk>.npz        their rows in a chunk of shards, and the seeds to compare them with
-    <work>/<set>/found/<chunk>/<shards>.npz        exact neighbours among those, and the truth as without codes
+    <work>/codec.npz                                    FAISS's codec, trained on a sample of the pool
+    <work>/sets/<set>/coarse/<chunk>/<part>.npz         neighbours of a chunk of seeds among the codes of a part
+    <work>/sets/<set>/pairs/<shards>/<chunk>.npz        their rows in a chunk of shards, and the seeds to compare with
+    <work>/sets/<set>/found/<chunk>/<shards>.npz        exact neighbours among those, and the truth as without codes
 
 Codes take d bytes (SQ8) or m (PQm) where float16 takes 2 d, so a worker holds many times the rows. What is near by code
 is scored again with the vectors at rest, which stream past once; recall@k is measured against an exact search as ever.
@@ -77,7 +77,7 @@ def _pair(work: Retrieval, one: SeedSet, spans: Sequence[range], start: int) -> 
     store, name = work.pool.store, f"{start:010d}"
     vectors, _ = work.read(one, next(chunk for chunk in work.chunks(one) if chunk.start == start))
     vectors = vectors[usable(vectors)]
-    width = work.width_of(one) * work.settings.rerank
+    width = min(work.width_of(one) * work.settings.rerank, work.pool.starts[-1])
     best = best_of(store, f"{work.folder(one)}/coarse/{name}", len(vectors), width)
     seed, place = np.nonzero(best.rows >= 0)
     rows = best.rows[seed, place]

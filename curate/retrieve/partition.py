@@ -86,6 +86,8 @@ def prepare(
         expected = (settings.count, founding.width)
         if centroids.shape != expected:
             raise PlanError(f"cells.centroids: {settings.centroids} is {centroids.shape}, expected {expected}")
+        if not np.isfinite(centroids).all():
+            raise PlanError(f"cells.centroids: {settings.centroids} holds numbers that are not finite in float32")
         if settings.metric == "cosine":
             centroids = kernels.unit(centroids)
         put_arrays(founding.store, path, centroids=centroids)

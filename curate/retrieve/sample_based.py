@@ -1,9 +1,9 @@
 """Sample-based retrieval over a pool of any size: every part of the pool meets the seeds that probe its cells.
 
-    <work>/<set>/found/<chunk>/<part>.npz     neighbours of a chunk of seeds in one part of the pool
-    <work>/<set>/truth/<part>.npz             exact neighbours of the watched seeds there
-    <work>/<set>/lists/<chunk>.npz            the k nearest of the watched seeds among a chunk's
-    <work>/hits/<set>-<chunk>.parquet         pool rows that a chunk of seeds retrieves, in row order
+    <work>/sets/<set>/found/<chunk>/<part>.npz     neighbours of a chunk of seeds in one part of the pool
+    <work>/sets/<set>/truth/<part>.npz             exact neighbours of the watched seeds there
+    <work>/sets/<set>/lists/<chunk>.npz            the k nearest of the watched seeds among a chunk's
+    <work>/hits/<set>-<chunk>.parquet              pool rows that a chunk of seeds retrieves, in row order
 
 With `codes`, parts hold codes and `coded` compares exactly. A seed that is itself a row of the pool does not retrieve
 itself.
@@ -66,7 +66,7 @@ def _search(work: Retrieval, part: int) -> None:
     blocks = _Blocks(list(by_cell(cells, rows, vectors)), codes)
     del vectors
     for one in work.named("sample"):
-        k = work.width_of(one) * (work.settings.rerank if codes else 1)
+        k = min(work.width_of(one) * (work.settings.rerank if codes else 1), work.pool.starts[-1])
         folder = f"{work.folder(one)}/seeds/{part:05d}"
         for name in store.names(folder):
             held = get_arrays(store, f"{folder}/{name}")

@@ -1,8 +1,8 @@
 """Seed sets in chunks, and how their vectors are handed to the tasks that need them.
 
-    <work>/<set>/seeds/<part>/<chunk>.npz     sample: seeds that probe a part's cells
-    <work>/<set>/met/<chunk>.npz              pool rows that the seeds are (-1: none); cluster: cells they are in
-    <work>/<set>/watched.npz                  sample: seeds whose lists are compared with the truth
+    <work>/sets/<set>/seeds/<part>/<chunk>.npz     sample: seeds that probe a part's cells
+    <work>/sets/<set>/met/<chunk>.npz              pool rows that seeds are (-1: none); cluster: cells they are in
+    <work>/sets/<set>/watched.npz                  sample: seeds whose lists are compared with the truth
 
 A set is a file of vectors, files of them that the pipeline had made of images, or rows of the pool that a condition
 names. No process holds more than a chunk of seeds.
@@ -46,8 +46,8 @@ class Retrieval:
         return [one for one in self.settings.sets if one.how == how]
 
     def folder(self, one: SeedSet) -> str:
-        """What belongs to one set."""
-        return f"{self.work}/{one.name}"
+        """What belongs to one set; apart from the other folders, whose names a set may have."""
+        return f"{self.work}/sets/{one.name}"
 
     def chunks(self, one: SeedSet) -> list[range]:
         """Seeds of a file or of files, or shards whose rows are seeds."""
@@ -77,8 +77,9 @@ class Retrieval:
         return np.concatenate([part.vectors for part in held]), np.concatenate([part.rows for part in held])
 
     def width_of(self, one: SeedSet) -> int:
-        """Neighbours to look for: a seed that is a pool row finds itself, which does not count."""
-        return one.k + (one.where is not None)
+        """Neighbours to look for: a seed that is a pool row finds itself, which does not count. No more than the pool
+        has, since memory goes by them."""
+        return min(one.k + (one.where is not None), self.pool.starts[-1])
 
 
 @dataclass(frozen=True)
@@ -130,7 +131,8 @@ def _meet(work: Retrieval, one: SeedSet, chunk: range) -> tuple[int, Int64, Int6
 
 
 def _deal(work: Retrieval, one: SeedSet, chunk: range, vectors: npt.NDArray[Any]) -> None:
-    probes = nearest(work.place.cells(work.pool.store), vectors, one.nprobe, device())
+    cells = work.place.cells(work.pool.store)
+    probes = nearest(cells, vectors, min(one.nprobe, len(cells.centroids)), device())
     parts = np.where(probes >= 0, work.parts[probes], -1)
     for part in np.unique(parts[parts >= 0]).tolist():
         mine = np.flatnonzero((parts == part).any(axis=1))

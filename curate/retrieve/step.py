@@ -15,6 +15,7 @@ rows, and so does any number of workers.
 """
 
 from collections.abc import Mapping, Sequence
+from itertools import pairwise
 from typing import TYPE_CHECKING, Any, cast
 
 import pyarrow as pa
@@ -31,6 +32,7 @@ from curate.vectors import founders, points_within, pool_of
 if TYPE_CHECKING:
     from curate.retrieve.partition import Place
 
+MOST_COPIES = 10_000  # of one image: `random` draws a number for each
 CELLS = (pa.field("cell", pa.int32()), pa.field("distance", pa.float32()))
 RETRIEVED = (
     pa.field("is_retrieved", pa.bool_(), nullable=False),
@@ -60,6 +62,7 @@ class CellsStep(CrossStep):
             identity |= {"founders": pool_digest(founders(shards)), "points_per_cell": self.points_per_cell}
         else:
             identity["centroids"] = digest_of(settings.centroids, "cells.centroids")
+            check_width(width_of(settings.centroids, None), self.pool.width, settings.centroids, "cells.centroids")
         self._spec = TableSpec("cells", 2, pa.schema([KEY, *CELLS]), identity, inputs_of(self._founding.tables))
         self.tables = (self._spec,)
         self.read = tuple({spec.name: spec for spec in (*self.pool.tables, self._spec)}.values())
@@ -241,6 +244,11 @@ class HierarchyStep(CrossStep):
             raise PlanError("hierarchy: its lowest level is the cells, and it is Euclidean; set cells.metric: l2")
         if settings.splits > 1 and cells.settings.resampling:  # as in Vo et al. 2024
             raise PlanError("hierarchy.splits: a level has either splits or resampling; set cells.resampling: 0")
+        upwards = [cells.settings.count * settings.splits, *(level.count for level in settings.levels)]
+        if any(upper > lower for lower, upper in pairwise(upwards)):
+            raise PlanError(f"hierarchy.levels: {upwards} clusters from the lowest upwards; each level needs fewer")
+        if settings.multiplier > MOST_COPIES or max(settings.targets) >= 2**62:
+            raise PlanError(f"hierarchy: multiplier may be up to {MOST_COPIES:,}, and a target below 2^62")
         self.settings, self._cells = settings, cells
         fields = [pa.field(f"hierarchical_sample_{target}", pa.int32()) for target in settings.targets]
         identity = settings.model_dump(mode="json", exclude={"memory_gb"}) | cells.identity
@@ -260,6 +268,8 @@ class HierarchyStep(CrossStep):
         """Build the tree over the centroids, share out the targets, draw; counts are the images of each target."""
         from curate.retrieve import tree  # noqa: PLC0415  # torch and FAISS: not for a plan
 
+        if not self._cells.place.sizes(store).any():
+            raise PlanError("hierarchy: no row of the pool is in a cell; check `cells.where`")
         work = f"_work/hierarchical_sample/{self._spec.fingerprint}"
         pool, place = self._cells.pool, self._cells.place
         counts = tree.sample(pool, place, self.settings, self._points, self._spec, work, shards, map_items, ticker)

@@ -12,8 +12,9 @@ import hashlib
 from collections.abc import Iterator
 from contextlib import contextmanager
 from functools import lru_cache
+from tokenize import TokenError
 from typing import Any, BinaryIO, cast
-from zipfile import BadZipFile
+from zipfile import BadZipFile, ZipFile, is_zipfile
 
 import fsspec
 import numpy as np
@@ -64,7 +65,18 @@ def width_of(path: str, array: str | None) -> int:
         with _parquet_file(path) as file:
             kind = file.schema_arrow.field(_column(path, array, file)).type
             return int(kind.list_size) if pa.types.is_fixed_size_list(kind) else 0
-    return int(_matrix(path, array).shape[1]) if _is_mapped(path) else 0
+    if _is_mapped(path):
+        return int(_matrix(path, array).shape[1])
+    try:
+        with _open(path) as handle:
+            if not is_zipfile(handle):
+                return 0
+            with ZipFile(handle) as archive:  # its names alone: an array is read with its rows
+                names = [name.removesuffix(".npy") for name in archive.namelist()]
+    except BadZipFile as error:
+        raise PlanError(f"{path}: neither .npy nor .npz of numbers: {error}") from None
+    _chosen(path, array, names)
+    return 0
 
 
 def read_span(path: str, array: str | None, start: int, stop: int) -> npt.NDArray[Any]:
@@ -85,7 +97,7 @@ def _matrix(path: str, array: str | None) -> npt.NDArray[Any]:
                 held = np.load(handle, allow_pickle=False)
                 if not isinstance(held, np.ndarray):
                     held = held[_chosen(path, array, held.files)]
-    except (ValueError, EOFError, BadZipFile) as error:
+    except (ValueError, EOFError, BadZipFile, TokenError, SyntaxError) as error:
         raise PlanError(f"{path}: neither .npy nor .npz of numbers: {error}") from None
     if held.ndim != 2 or not np.issubdtype(held.dtype, np.floating):
         raise PlanError(f"{path}: a matrix of floats is expected, found {held.dtype}{list(held.shape)}")
@@ -121,7 +133,9 @@ def _parquet_file(path: str) -> Iterator[pq.ParquetFile]:
     try:
         with _open(path) as handle, pq.ParquetFile(handle) as file:
             yield file
-    except pa.ArrowInvalid as error:
+    except (pa.ArrowInvalid, OSError) as error:
+        if isinstance(error, OSError) and error.errno is not None:  # of the disk or the network, not of the content
+            raise
         raise PlanError(f"{path} is no whole Parquet file: {error}") from None
 
 

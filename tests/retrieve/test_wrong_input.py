@@ -158,3 +158,94 @@ def test_k_means_takes_no_more_memory_than_it_was_given(tmp_path: Path) -> None:
     assert "4 clusters sees 2 points for each, not 256" in step.note
     go(l2, store, shards)
     assert go(step, store, shards) == {"hierarchical_sample_9": 9}
+
+
+def test_numbers_beyond_the_pool_cost_nothing(tmp_path: Path) -> None:
+    """Guards against a failed allocation of terabytes, where `k`, `nprobe`, `rerank` or `per_cell` say "all" by a
+    large number."""
+    store = Store(str(tmp_path / "run"))
+    shards, rows = build(store, shards=2)
+    cells, many = _cells(store, shards), len(_usable(rows)[0])
+    huge = 10**30
+    near = SeedSet(name="near", how="sample", where="folder = 'a'", k=huge, nprobe=huge)
+    inside = SeedSet(name="inside", how="cluster", where="folder = 'a'", more_than=0, per_cell=huge, cap=huge)
+    for codes in (None, "SQ8"):
+        step = retrieve_step(RetrieveSettings(sets=[near, inside], codes=codes, rerank=huge), cells)
+        go(step, store, shards)
+        first, second = (step.report(store) or {})["sets"]
+        assert first["retrieved"] == first["seeds"] * (many - 1) and first["recall"] == 1.0
+        assert 0 < second["final"] <= many
+
+
+@pytest.mark.parametrize("name", ["pool", "hits", "clusters", "searched", "codec"])
+def test_sets_may_have_the_names_of_work_folders(tmp_path: Path, name: str) -> None:
+    """Guards a set called `pool`, whose files lay among the pool's own and ended the run."""
+    store = Store(str(tmp_path))
+    shards, _ = build(store, shards=2)
+    near = SeedSet(name=name, how="sample", where="folder = 'a'", k=2)
+    inside = SeedSet(name="inside", how="cluster", where="folder = 'b'", more_than=0)
+    step = retrieve_step(RetrieveSettings(sets=[near, inside]), _cells(store, shards))
+    assert set(go(step, store, shards)) == {f"retrieved by {name}", "retrieved by inside"}
+
+
+def test_damaged_and_unusual_files_of_seeds(tmp_path: Path) -> None:
+    """Guards against torch's traceback for long doubles, an error of Arrow that names no file, Python's tokenizer over
+    a damaged header, and an .npz with two arrays that is only noticed after a night of scoring."""
+    store = Store(str(tmp_path / "run"))
+    shards, _ = build(store, shards=2)
+    cells = _cells(store, shards)
+    rng = np.random.default_rng(0)
+    np.save(tmp_path / "long.npy", rng.normal(size=(3, WIDTH)).astype(np.longdouble))
+    one = SeedSet(name="set", how="sample", embeddings=str(tmp_path / "long.npy"))
+    step = retrieve_step(RetrieveSettings(sets=[one]), cells)
+    go(step, store, shards)
+    assert (step.report(store) or {})["sets"][0]["seeds"] == 3
+    (tmp_path / "head.npy").write_bytes(b"\x93NUMPY\x01\x00\x10\x00{'descr': (((((\n")
+    pq.write_table(pa.table({"v": rng.normal(size=(50, WIDTH)).tolist()}), tmp_path / "page.parquet")
+    page = bytearray((tmp_path / "page.parquet").read_bytes())
+    page[20:60] = bytes(40)
+    (tmp_path / "page.parquet").write_bytes(page)
+    np.savez(tmp_path / "two.npz", a=np.ones((2, WIDTH)), b=np.ones((2, WIDTH)))
+    for name, words in (
+        ("head.npy", "neither .npy"),
+        ("page.parquet", "page.parquet is no whole"),
+        ("two.npz", "a, b"),
+    ):
+        wrong = RetrieveSettings(sets=[one.model_copy(update={"embeddings": str(tmp_path / name)})])
+        with pytest.raises(PlanError, match=words):
+            planned = retrieve_step(wrong, cells)
+            assert name != "two.npz"
+            go(planned, store, shards)
+
+
+def test_centroids_of_their_own_are_checked(tmp_path: Path) -> None:
+    """Guards against cells around nothing, where centroids that are NaN became zero, and against centroids of another
+    model that are only noticed after a night of scoring."""
+    store = Store(str(tmp_path / "run"))
+    shards, _ = build(store, shards=2)
+    np.save(tmp_path / "nan.npy", np.full((2, WIDTH), np.nan, np.float32))
+    np.save(tmp_path / "wide.npy", np.ones((2, WIDTH + 1), np.float32))
+    ready = CELLS.model_copy(update={"count": 2, "centroids": str(tmp_path / "nan.npy")})
+    with pytest.raises(PlanError, match="not finite"):
+        _cells(store, shards, ready)
+    with pytest.raises(PlanError, match="embed both by one model"):
+        cells_step(ready.model_copy(update={"centroids": str(tmp_path / "wide.npy")}), store, TABLES, shards)
+
+
+def test_wrong_hierarchies_are_refused(tmp_path: Path) -> None:
+    """Guards against a level larger than the one below that is only noticed after k-means, draws that never end, an
+    overflow, and a sample of nothing that nobody notices."""
+    store = Store(str(tmp_path))
+    shards, _ = build(store, shards=2)
+    l2 = CELLS.model_copy(update={"metric": "l2"})
+    cells = cells_step(l2, store, TABLES, shards)
+    for update, words in (
+        ({"levels": [LevelSettings(count=11)]}, r"\[10, 11\] clusters"),
+        ({"splits": 2, "levels": [LevelSettings(count=4), LevelSettings(count=5)]}, r"\[20, 4, 5\] clusters"),
+        ({"multiplier": 10**7}, "multiplier may be up to 10,000"), ({"targets": [10**30]}, "below 2"),
+    ):  # fmt: skip
+        with pytest.raises(PlanError, match=words):
+            hierarchy_step(HierarchySettings(**{"targets": [9]} | update), cells)  # type: ignore[arg-type]
+    nobody = _cells(store, shards, l2.model_copy(update={"where": "folder = 'z'"}))
+    with pytest.raises(PlanError, match=r"check `cells\.where`"):
+        go(hierarchy_step(HierarchySettings(targets=[9]), nobody), store, shards)
