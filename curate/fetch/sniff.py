@@ -21,6 +21,7 @@ _DIB_SIZES = frozenset({12, 16, 40, 52, 56, 64, 108, 124})
 _AVIF_BRANDS = (b"avif", b"avis")
 # In entropy-coded data 0xFF is followed by 0x00, a restart marker or fill; anything else is the next marker.
 _NEXT_MARKER = re.compile(rb"\xff[^\x00\xd0-\xd7\xff]")
+MAX_SCANS = 100  # libjpeg writes no more, encoders about ten; 50 bytes of a scan cost 25 ms for 30 megapixels
 _SOF = frozenset({0xC0, 0xC1, 0xC2, 0xC9, 0xCA})
 _SOF_PROGRESSIVE = frozenset({0xC2, 0xCA})
 _SOF_EXOTIC = frozenset({0xC3, 0xC5, 0xC6, 0xC7, 0xCB, 0xCD, 0xCE, 0xCF})  # lossless, hierarchical: nobody decodes them
@@ -133,10 +134,17 @@ def read_jpeg(data: bytes) -> Jpeg:
             if 0 in frame[:3]:
                 raise Refusal("decode_error", f"JPEG header claims {frame[0]}x{frame[1]} pixels")
             profile = b"".join(icc[number] for number in sorted(icc)) or None
-            held = 0.0 if not progressive and data[at + 4] == frame[2] else 2 * planes
+            held = 0.0 if not progressive and data[at + 4] == frame[2] else _held(data, at, planes)
             return Jpeg(*frame, orientation, profile, at, held, tuple(segments))
         at = stop
     raise Refusal("decode_error", "JPEG ends before its picture begins")
+
+
+def _held(data: bytes, scan: int, planes: float) -> float:
+    """Bytes a pixel of coefficients, of a picture in several scans. Raises Refusal where they are too many."""
+    if data.count(b"\xff\xda", scan) > MAX_SCANS:
+        raise Refusal("decode_error", f"JPEG of more than {MAX_SCANS} scans")
+    return 2 * planes
 
 
 def _planes(components: bytes) -> float:

@@ -17,7 +17,7 @@ from PIL import Image
 
 from curate.errors import StageError
 from curate.fetch.decoder_pool import DecoderPool
-from curate.fetch.images import ImageSettings
+from curate.fetch.images import ImageSettings, process
 from curate.fetch.outcome import Picture
 from tests.fetch.conftest import encoded, scene
 
@@ -312,3 +312,14 @@ def test_no_process_outlives_its_pool(jpeg: bytes) -> None:
     """Decoders pile up on the node."""
     decode_all([jpeg] * 4)
     assert not decoders()
+
+
+def test_a_jpeg_of_thousands_of_scans_is_refused_unread() -> None:
+    """100 kB of empty scans hold a decoder for 30 seconds, and a table of such files for days."""
+    whole = encoded(Image.new("L", (3000, 2000), 128), "JPEG", progressive=True)
+    assert process(whole, ImageSettings()).status == "ok"
+    scan = whole[whole.rfind(b"\xff\xda") : -2]
+    start = time.process_time()
+    picture = process(whole[:-2] + scan * 2000 + whole[-2:], ImageSettings())
+    assert picture.status == "decode_error" and "scans" in (picture.error or "")
+    assert time.process_time() - start < 0.5
