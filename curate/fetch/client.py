@@ -33,6 +33,7 @@ _LASTING: dict[int, Status] = {pycurl.E_COULDNT_RESOLVE_HOST: "dns", pycurl.E_UR
 ROBOTS_KEPT_S = 24 * 3600.0  # RFC 9309 2.4: not longer than a day
 ROBOTS_FAILED_S = 300.0
 ROBOTS_HOSTS = 50_000
+ROBOTS_MEMORY = 50_000_000  # bytes; one file of 500 kB can take 6 MB, and a hostile domain has names without end
 ALLOW_ALL = Robots()
 
 
@@ -71,6 +72,7 @@ class Client:
         self._transport = Transport(guard, headers, settings.connect_timeout_s, settings.proxy)
         self._permits = Permits()
         self._robots: OrderedDict[URL, _Verdict] = OrderedDict()
+        self._robots_memory = 0
         self._robots_running: dict[URL, asyncio.Task[_Verdict]] = {}
 
     async def close(self) -> None:
@@ -166,9 +168,12 @@ class Client:
                 break
             await asyncio.sleep(0.5)
         verdict = _Verdict(robots, refusal, time.monotonic() + (ROBOTS_KEPT_S if refusal is None else ROBOTS_FAILED_S))
+        old = self._robots.pop(origin, None)
         self._robots[origin] = verdict
-        while len(self._robots) > ROBOTS_HOSTS:
-            self._robots.popitem(last=False)
+        self._robots_memory += verdict.robots.memory_bytes - (old.robots.memory_bytes if old is not None else 0)
+        while len(self._robots) > ROBOTS_HOSTS or self._robots_memory > ROBOTS_MEMORY:
+            _, oldest = self._robots.popitem(last=False)
+            self._robots_memory -= oldest.robots.memory_bytes
         return verdict
 
     async def _fetch_robots(self, origin: URL) -> tuple[Robots, Refusal | None]:

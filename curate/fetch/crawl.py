@@ -21,6 +21,7 @@ from curate.fetch.outcome import Body, Refusal
 
 BACKOFF_S = 0.5  # doubled with every try
 LONGEST_WAIT_S = 30.0  # a server that asks for more (Retry-After) is left for `--retry`
+WAITED_S = 90.0  # asked for with nothing given in between: such a host could hold the shard for hours
 FAILURES_AT_FIRST = 2  # in a row, of a host that has never answered
 FAILURES_LATER = 8  # in a row, of one that has
 BODIES_IN_STORE = 8  # with these at the decoders the network is fast enough: no host is asked more at once
@@ -54,6 +55,7 @@ class _Host:
     answered: bool = False
     gone: Refusal | None = None
     resume_at: float = 0.0
+    waited_s: float = 0.0  # that it asked for since it last gave something
 
 
 class Crawl:
@@ -140,6 +142,7 @@ class Crawl:
             else:
                 body = answer
             self._reached(host)
+            host.waited_s = 0.0
         except Refusal as refusal:
             if not self._again(host, job, refusal):
                 body = Body(refusal.status, refusal.error)
@@ -189,7 +192,13 @@ class Crawl:
             return False
         loop = asyncio.get_running_loop()
         if refusal.after_s is not None:
-            host.resume_at = max(host.resume_at, loop.time() + wait)
+            until = max(host.resume_at, loop.time() + wait)
+            host.waited_s += until - max(host.resume_at, loop.time())
+            host.resume_at = until
+            if host.waited_s > WAITED_S:
+                host.gone = Refusal(refusal.status, f"host given up: {refusal.error}")
+                host.resume_at = 0.0
+                return False
         job.tries += 1
         job.spent_s = 0.0
         loop.call_later(wait, self._queue, job)

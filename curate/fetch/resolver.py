@@ -17,6 +17,7 @@ from curate.fetch.guard import BlockedAddress, Guard
 FOUND_S = 600.0  # seconds; longer than most records live, shorter than a shard's worth of moving sites
 FAILED_S = 60.0
 CACHED_NAMES = 200_000  # 100 MB at worst
+ADDRESSES = 16  # of a name: a hostile answer holds thousands
 
 Found = tuple[socket.AddressFamily, str]
 Lookup = Callable[[str], Awaitable[Sequence[Found]]]
@@ -65,7 +66,7 @@ class CachingResolver:
         answer: Sequence[Found] | OSError
         async with self._slots:
             try:
-                answer = await asyncio.wait_for(self._lookup(host), self._timeout_s)
+                answer = (await asyncio.wait_for(self._lookup(host), self._timeout_s))[:ADDRESSES]
                 if not answer:
                     answer = OSError("no address")
             except TimeoutError:

@@ -5,6 +5,7 @@ import hashlib
 import json
 import os
 import signal
+import socket
 import ssl
 import subprocess
 import sys
@@ -169,6 +170,36 @@ def test_retries_only_where_they_help(server: HostileServer, jpeg: bytes, fetch:
     assert statuses(outcomes) == ["ok", "ok", "ok", "http_5xx", "http_4xx", "opted_out", "http_5xx", "http_4xx"]
     assert 1.0 < time.monotonic() - start < 20
     assert [server.asked[URL(url).path] for url in urls] == [2, 3, 2, 3, 1, 1, 1, 1]
+
+
+def test_a_host_that_only_puts_off_is_given_up(
+    server: HostileServer, jpeg: bytes, fetch: Fetch, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Every request is answered with 503 and Retry-After: sixteen of 10,000 URLs in half a minute, for hours."""
+    monkeypatch.setattr("curate.fetch.crawl.WAITED_S", 2.5)
+    base = server.static("/busy/*", answer(b"", "503 Busy", "Retry-After: 1")) and server.base + "/busy/"
+    start = time.monotonic()
+    assert set(statuses(fetch([f"{base}{n}" for n in range(300)], robots=False, retries=5))) == {"http_5xx"}
+    assert time.monotonic() - start < 10 and sum(server.asked.values()) < 100
+
+
+def test_robots_of_many_hosts_are_bounded(
+    server: HostileServer, jpeg: bytes, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A domain with names without end has 500 kB of robots.txt at each: 9 MB of memory a name, for a day."""
+    monkeypatch.setattr("curate.fetch.client.ROBOTS_MEMORY", 1_000_000)
+    lines = "".join(f"Disallow: /{number}\n" for number in range(2000))  # 300 kB of memory
+    server.static("/robots.txt", answer(b"User-agent: *\n" + lines.encode()))
+    server.static("/a.jpg", answer(jpeg))
+
+    async def lookup(host: str) -> Sequence[Found]:
+        return [(socket.AF_INET, "127.0.0.1")]
+
+    rows = [Row(f"http://h{number}.example:{server.port}/a.jpg") for number in range(10)]
+    with Downloader(FetchSettings(allow_networks=[ALLOWED], decoders=1), lookup=lookup) as downloader:
+        for attempt in range(2):
+            assert statuses(list(downloader.fetch(rows, tmp_path / str(attempt)))) == ["ok"] * 10
+    assert server.asked["/robots.txt"] >= 17, "all were kept"
 
 
 def test_robots_are_asked_once_and_before_the_image(server: HostileServer, jpeg: bytes, fetch: Fetch) -> None:

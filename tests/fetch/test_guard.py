@@ -178,3 +178,15 @@ def test_named_dns_servers_are_asked() -> None:
         transport.close()
 
     asyncio.run(go())
+
+
+def test_few_addresses_of_a_name_are_kept() -> None:
+    """A hostile DNS answer of thousands of addresses, for each of many names, fills the memory."""
+
+    async def lookup(host: str) -> Sequence[Found]:
+        return [(socket.AF_INET, f"127.0.{number // 250}.{number % 250}") for number in range(4000)]
+
+    async def run() -> list[str]:
+        return await CachingResolver(Guard(["127.0.0.0/8"]), lookup, 1, 1.0).resolve("h.example")
+
+    assert len(asyncio.run(run())) == 16
