@@ -7,9 +7,11 @@ The library is libcurl, by `benchmarks/bench_fetch.py --part transport` (its tab
 """
 
 import asyncio
+import resource
 import time
 from collections import OrderedDict
 from collections.abc import Sequence
+from contextlib import suppress
 from dataclasses import dataclass
 
 import pycurl
@@ -22,9 +24,10 @@ from curate.fetch.consent import AGENTS, ROBOTS_BYTES, Robots, parse_robots
 from curate.fetch.guard import BlockedAddress, Guard, is_address
 from curate.fetch.outcome import Body, Refusal, Status, brief
 from curate.fetch.resolver import CachingResolver, Lookup, server_lookup, system_lookup
-from curate.fetch.transport import TransferError, Transport
+from curate.fetch.transport import IDLE_CONNECTIONS, TransferError, Transport
 
 MAX_REDIRECTS = 5
+OTHER_DESCRIPTORS = 256  # files, decoders, Ray's own
 _TLS = frozenset({
     pycurl.E_SSL_CONNECT_ERROR, pycurl.E_PEER_FAILED_VERIFICATION, pycurl.E_SSL_CERTPROBLEM, pycurl.E_SSL_CIPHER,
     pycurl.E_SSL_CACERT_BADFILE, pycurl.E_SSL_ISSUER_ERROR, pycurl.E_SSL_ENGINE_INITFAILED,
@@ -56,6 +59,7 @@ class Client:
 
     def __init__(self, settings: FetchSettings, guard: Guard, lookup: Lookup | None = None) -> None:
         self._settings, self._guard = settings, guard
+        _allow_descriptors(settings.concurrency + IDLE_CONNECTIONS + OTHER_DESCRIPTORS)
         if lookup is None:
             servers = settings.dns_servers
             lookup = (
@@ -193,6 +197,16 @@ class Client:
             if refusal.status in ("too_large", "too_slow", "decode_error"):
                 return ALLOW_ALL, Refusal("robots", f"robots.txt: {refusal.error}")
         return ALLOW_ALL, None  # 4xx, empty, endless redirects: there is no robots.txt
+
+
+def _allow_descriptors(count: int) -> None:
+    """Raise this process's soft limit: where sockets run out, sound URLs end as `connect`."""
+    soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+    if soft != resource.RLIM_INFINITY and soft < count:
+        with suppress(ValueError, OSError):
+            resource.setrlimit(
+                resource.RLIMIT_NOFILE, (count if hard == resource.RLIM_INFINITY else min(count, hard), hard)
+            )
 
 
 def _refusal(error: Exception) -> Refusal:

@@ -2,6 +2,7 @@
 
 import asyncio
 import gzip
+import resource
 import socket
 import ssl
 import subprocess
@@ -267,3 +268,21 @@ def test_large_bodies_that_wait_for_a_decoder_are_bounded(server: HostileServer,
 
     asyncio.run(run())
     assert done == 6 * LARGE_AT_ONCE and LARGE_AT_ONCE // 2 < most <= LARGE_AT_ONCE
+
+
+def test_descriptors_do_not_run_out(server: HostileServer, jpeg: bytes, fetch: Fetch) -> None:
+    """A soft limit of 256, as on macOS, or a high concurrency: sound URLs end as `connect`."""
+
+    async def slow(request: Request, writer: asyncio.StreamWriter) -> None:
+        await asyncio.sleep(0.5)
+        writer.write(answer(jpeg))
+
+    server.route("/s/*", slow)
+    limits = resource.getrlimit(resource.RLIMIT_NOFILE)
+    resource.setrlimit(resource.RLIMIT_NOFILE, (psutil.Process().num_fds() + 100, limits[1]))
+    try:
+        urls = [f"http://h{number}.example:{server.port}/s/{number}" for number in range(200)]
+        outcomes = fetch(urls, lookup=_loopback, robots=False)
+    finally:
+        resource.setrlimit(resource.RLIMIT_NOFILE, limits)
+    assert {outcome.status for outcome in outcomes} == {"ok"}
