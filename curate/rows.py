@@ -20,6 +20,10 @@ from curate.store import Store
 
 SAMPLES = "samples"
 MEMBER = "member_"
+_NOT_OF_A_ROW = """
+    SELECT function_name FROM duckdb_functions() GROUP BY 1
+    HAVING NOT bool_or(function_type IN ('scalar', 'macro') AND coalesce(stability, 'CONSISTENT') = 'CONSISTENT')
+"""
 
 
 @dataclass(frozen=True)
@@ -102,7 +106,7 @@ def connect() -> duckdb.DuckDBPyConnection:
 
 def evaluate(table: pa.Table, expressions: Mapping[str, str]) -> pa.Table:
     """Each expression for each row, in row order. Raises PlanError with DuckDB's words when one does not bind."""
-    chosen = ", ".join(f'({text}) AS "{name}"' for name, text in expressions.items())
+    chosen = ", ".join(f'({text}\n) AS "{name}"' for name, text in expressions.items())  # a text may end in a comment
     with connect() as connection:
         connection.register("rows", readable(table))
         try:
@@ -126,7 +130,8 @@ def order(table: pa.Table, ordering: str) -> list[int]:
 def names_in(expression: str, schema: pa.Schema) -> list[str]:
     """The columns that an expression (or an ordering) reads. Raises PlanError for an unknown one, with near names.
 
-    Checked by binding it against an empty table, so that types are checked as well.
+    Checked by binding it against an empty table, so that types are checked as well. Refused too: what looks beyond its
+    row (aggregates, windows, subqueries: they would see one shard) and what answers anew each time (random(), now()).
     """
     if not expression.strip():
         raise PlanError("an expression is empty; leave it out where it is to say nothing")
@@ -144,20 +149,26 @@ def names_in(expression: str, schema: pa.Schema) -> list[str]:
             raise PlanError(f"{expression}: {_first_lines(error)}; columns: {', '.join(schema.names)}") from None
         parsed = connection.execute("SELECT json_serialize_sql(?)", [query])
         (tree,) = parsed.fetchall()[0]
-    used = {name.lower() for name in _column_refs(json.loads(tree))}  # DuckDB's names know no case
+        nodes = list(_nodes(json.loads(tree)))
+        called = {node["function_name"].lower() for node in nodes if node["class"] == "FUNCTION"}
+        foreign = sorted(called & {"unnest", *(name for (name,) in connection.execute(_NOT_OF_A_ROW).fetchall())})
+    foreign += sorted({node["class"].lower() for node in nodes} & {"window", "subquery"})
+    if foreign:
+        raise PlanError(f"{expression}: {foreign[0]} is no function of a row alone; use what gives a row one value")
+    used = {node["column_names"][-1].lower() for node in nodes if node["class"] == "COLUMN_REF"}  # they know no case
     return [name for name in schema.names if name.lower() in used]
 
 
-def _column_refs(node: Any) -> Iterator[str]:
-    """Names in the COLUMN_REF nodes of DuckDB's syntax tree."""
-    if isinstance(node, list):
-        for child in node:
-            yield from _column_refs(child)
-    elif isinstance(node, dict):
-        if node.get("class") == "COLUMN_REF":
-            yield node["column_names"][-1]
-        for child in node.values():
-            yield from _column_refs(child)
+def _nodes(tree: Any) -> Iterator[dict[str, Any]]:
+    """The expressions in DuckDB's syntax tree."""
+    if isinstance(tree, list):
+        for child in tree:
+            yield from _nodes(child)
+    elif isinstance(tree, dict):
+        if isinstance(tree.get("class"), str):
+            yield tree
+        for child in tree.values():
+            yield from _nodes(child)
 
 
 def readable(table: pa.Table) -> pa.Table:

@@ -37,6 +37,7 @@ def test_expressions_keep_row_order_and_nulls() -> None:
     assert order(TABLE, "width DESC, key") == [0, 1, 2]
     assert names_in("width * 2 DESC, key", TABLE.schema) == ["key", "width"]
     assert names_in("TRUE", TABLE.schema) == []
+    assert evaluate(TABLE, {"m": "width > 1 -- wide"}).column("m").to_pylist() == [True, False, None]
 
 
 @pytest.mark.parametrize(
@@ -51,6 +52,12 @@ def test_expressions_keep_row_order_and_nulls() -> None:
         "width > 2; DROP TABLE rows",
         "width >",
         "width; SELECT 2",
+        "count(*) > 1",
+        "width > avg(width) OVER ()",
+        "width > (SELECT avg(width) FROM rows)",
+        "unnest([width, 2]) > 1",
+        "random() < 0.5",
+        "now() > TIMESTAMP '2020-01-01'",
         " ",
     ],
 )
