@@ -6,18 +6,20 @@ refuses columns that are not vectors of one width; a vector of zeros or NaN is g
 """
 
 import io
+import zlib
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
 from itertools import accumulate
 from typing import Any, Protocol
+from zipfile import BadZipFile
 
 import numpy as np
 import numpy.typing as npt
 import pyarrow as pa
 import pyarrow.compute as pc
 
-from curate.errors import PlanError
+from curate.errors import PlanError, StoreError
 from curate.rows import Column, columns_of, evaluate, names_in, read_rows, schema_of
 from curate.schema import KEY, OK, Shard, TableSpec
 from curate.stage import Map
@@ -260,9 +262,15 @@ def put_arrays(store: Store, path: str, **arrays: npt.NDArray[Any]) -> None:
 
 
 def get_arrays(store: Store, path: str, *names: str) -> Mapping[str, npt.NDArray[Any]]:
-    """What `put_arrays` wrote; only these arrays where some are named."""
-    with np.load(io.BytesIO(store.get_bytes(path)), allow_pickle=False) as held:
-        return {name: held[name] for name in names or held.files}
+    """What `put_arrays` wrote; only these arrays where some are named. Raises StoreError where that is damaged."""
+    data = store.get_bytes(path)
+    try:
+        with np.load(io.BytesIO(data), allow_pickle=False) as held:
+            return {name: held[name] for name in names or held.files}
+    except (ValueError, TypeError, AttributeError, EOFError, KeyError, BadZipFile, zlib.error) as error:
+        top = path.partition("/")[0]
+        act = "restore it" if top != "_near" else f"remove the folder {store.url(top)}, and all is compared again"
+        raise StoreError(f"{store.url(path)} is damaged ({type(error).__name__}: {error}); {act}") from None
 
 
 def unless_there(store: Store, path: str, make: Callable[[], Mapping[str, npt.NDArray[Any]]]) -> Mapping[str, Any]:

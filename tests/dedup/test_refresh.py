@@ -1,6 +1,7 @@
 """New shards are compared with all, old pairs are not compared again, and the table is that of a run from scratch."""
 
 import os
+import shutil
 from pathlib import Path
 from typing import Any
 
@@ -10,6 +11,7 @@ import pytest
 from curate.config import DedupSettings, ReferenceSettings
 from curate.dedup import known, near_hashes, near_vectors
 from curate.dedup.known import FOLDER
+from curate.errors import StoreError
 from tests.dedup.pool import VectorPool, Vectors, in_small_cells, planted, shuffled
 
 VECTORS = DedupSettings(by="embedding_toy", threshold=0.9, keep="key")
@@ -112,6 +114,25 @@ def test_only_new_rows_ask_the_references(tmp_path: Path, by: str) -> None:
 def _names(pool: VectorPool) -> list[str]:
     root = Path(pool.store.full(FOLDER))
     return sorted(str(path.relative_to(root)) for path in root.rglob("*") if path.is_file())
+
+
+@pytest.mark.parametrize("damage", [b"", b"not an archive", b"PK\x03\x04 cut"])
+def test_what_is_known_is_damaged(tmp_path: Path, damage: bytes) -> None:
+    """A traceback out of numpy for a file that a full disk cut, and no way on but another root."""
+    rule = DedupSettings(by="embedding_toy", keep="key", threshold=0.9)
+    pool = VectorPool(tmp_path / "pool", planted(60), 20)
+    every = pool.shards
+    pool.shards = every[:2]
+    pool.run(rule)
+    pool.shards = every
+    folder = tmp_path / "pool" / FOLDER
+    for file in folder.rglob("*.npz"):
+        file.write_bytes(damage)
+    with pytest.raises(StoreError, match=f"is damaged .*; remove the folder .*{FOLDER}"):
+        pool.run(rule)
+    shutil.rmtree(folder)
+    scratch = VectorPool(tmp_path / "scratch", planted(60), 20)
+    assert pool.rows(pool.run(rule)[0]) == scratch.rows(scratch.run(rule)[0])
 
 
 def test_what_no_run_names_is_swept(tmp_path: Path) -> None:
