@@ -15,6 +15,8 @@ import torch
 from torch.nn import functional
 from torchvision import transforms
 
+from curate.errors import WeightsError
+from curate.score.batches import out_of_memory
 from curate.score.clip_source import ClipSource
 from curate.score.pixels import Mode, Pixels, in_parts, moved
 from curate.score.scorer import Device
@@ -120,7 +122,12 @@ class ClipModel:
 
 @lru_cache(maxsize=8)
 def _open(model: str, pretrained: str | None) -> tuple[Any, Any, Any]:
-    created, _, preprocess = open_clip.create_model_and_transforms(model, pretrained=pretrained)
+    try:
+        created, _, preprocess = open_clip.create_model_and_transforms(model, pretrained=pretrained)
+    except Exception as error:  # pickle, zip, safetensors, shape and key errors, each of a class of its own
+        if out_of_memory(error):
+            raise
+        raise WeightsError(f"{model}, {pretrained or 'own weights'}: no tensors of this model: {error}") from None
     return created, preprocess, open_clip.get_tokenizer(model)
 
 

@@ -116,9 +116,11 @@ class ClipSource:
     def _read(self, path: Path) -> Mapping[str, Any]:
         try:
             found: Mapping[str, Any] = json.loads(path.read_text())["model_cfg"]
+            if int(found["embed_dim"]) < 1 or not isinstance(found["text_cfg"], dict):
+                raise ValueError("its embed_dim or text_cfg is none")
         except FileNotFoundError:
             raise WeightsError(f"{self.where}.model: no {path}; a model folder has it beside its weights") from None
-        except (OSError, ValueError, KeyError) as error:
+        except (OSError, ValueError, KeyError, TypeError) as error:
             raise WeightsError(f"{self.where}.model: {path} is not an open_clip configuration: {error}") from None
         return found
 

@@ -37,7 +37,11 @@ class Unscorable:
 
 @dataclass(frozen=True)
 class Picture:
-    """A decoded image. `image` has the file's own mode; `size_bytes` is the length of the stored bytes."""
+    """A decoded image. `image` has the file's own mode; `size_bytes` is the length of the stored bytes.
+
+    `rgb` and `pixels` of a picture of 16 bits or floats are what fetch stores of it: Pillow's plain `convert` cuts at
+    255 instead, and a photograph of 16 bits becomes a white sheet.
+    """
 
     image: Image.Image
     size_bytes: int
@@ -51,6 +55,8 @@ class Picture:
         """
         if self.image.mode == "RGB":
             return self.image
+        if self.image.mode.startswith(("I", "F")):
+            return _to_8_bits(self.image).convert("RGB")
         if not self.image.has_transparency_data:
             return self.image.convert("RGB")
         layer = self.image.convert("RGBA")
@@ -70,6 +76,17 @@ class Picture:
             self._made[key] = make()
         found: T = self._made[key]
         return found
+
+
+def _to_8_bits(image: Image.Image) -> Image.Image:
+    """Integers of 16 bits, or floats up to 1, 255 or 65,535, as mode L; a row at a time, for memory."""
+    values = np.asarray(image)
+    brightest = np.fmax.reduce(values, axis=None, initial=0.0) if image.mode == "F" else 65_535.0  # fmax passes NaN
+    white = next((white for white in (1.0, 255.0) if brightest <= white), 65_535.0)
+    levels = np.empty(values.shape, np.uint8)
+    for row, line in enumerate(values):
+        levels[row] = (np.nan_to_num(line.astype(np.float64)) * (255.0 / white)).clip(0, 255).round()
+    return Image.fromarray(levels)
 
 
 def decode(data: bytes) -> Picture | Unscorable:

@@ -90,6 +90,9 @@ def score_folder(
         raise PlanError(f"--out {out}: write to a file, .parquet or .csv")
     files = _gather([Path(path) for path in paths], None if captions is None else Path(captions))
     fields = {f.name: f for scorer in scorers for f in (*scorer.fields, *scorer.embeddings)}
+    own = [name for name in ("path", "status") if name in fields]
+    if own:
+        raise PlanError(f"--with: a scorer writes the column {own[0]}, which the table has of its own; set `column:`")
     schema = pa.schema(
         [pa.field("path", pa.string()), *(fields[name] for name in choice.columns), pa.field("status", pa.string())]
     )
@@ -131,7 +134,7 @@ def _score(scorers: Sequence[Scorer], files: _Files, schema: pa.Schema, reasons:
             seen = [values[0] for values in prepared]
             status = [value.reason if isinstance(value, Unscorable | Raised) else OK for value in seen]
             columns["status"] = pa.array(status, pa.string())
-            columns["path"] = pa.array([str(files.paths[row]) for row in span], pa.string())
+            columns["path"] = pa.array([_shown(files.paths[row]) for row in span], pa.string())
             yield pa.table([columns[name] for name in schema.names], schema=schema)
     reasons.update({reason: count for reason, count in counts.items() if not reason.startswith("scores_status")})
 
@@ -157,10 +160,11 @@ def _gather(paths: Sequence[Path], captions: Path | None) -> _Files:
         if path.is_dir():
             inside = [file for file in files_below(path) if file.suffix.lower() in SUFFIXES]
             found |= {file: file.relative_to(path).as_posix() for file in inside if file not in found}
-        elif path.exists():
+        elif path.is_file():
             found.setdefault(path, path.name)
         else:
-            raise SourceError(f"{path}: no such file or folder")
+            what = "neither a plain file nor a folder" if path.exists() else "no such file or folder"
+            raise SourceError(f"{path}: {what}")
     if not found:
         raise SourceError(f"{', '.join(map(str, paths))}: no images ({', '.join(sorted(SUFFIXES))})")
     if captions is None:
@@ -183,15 +187,26 @@ def _captions(file: Path) -> dict[str, str | None]:
         else:
             tabs = file.suffix == ".tsv"
             quoting = pc.ParseOptions(delimiter="\t" if tabs else ",", newlines_in_values=True)
-            table = pc.read_csv(file, parse_options=quoting)
+            plain = {
+                name: pa.string() for name in (*FILE_COLUMNS, *CAPTION_COLUMNS)
+            }  # else 007 is read as 7, NA as null
+            table = pc.read_csv(file, parse_options=quoting, convert_options=pc.ConvertOptions(column_types=plain))
     except (OSError, pa.ArrowInvalid) as error:
         raise SourceError(f"{file}: not a table of captions: {error}") from None
     names = next((name for name in FILE_COLUMNS if name in table.column_names), None)
     texts = next((name for name in CAPTION_COLUMNS if name in table.column_names), None)
     if names is None or texts is None:
         raise SourceError(f"{file}: expected the columns file and caption, found {', '.join(table.column_names)}")
-    found = zip(table.column(names).cast(pa.string()), table.column(texts).cast(pa.string()), strict=True)
+    try:
+        found = zip(*(table.column(name).cast(pa.string()) for name in (names, texts)), strict=True)
+    except (KeyError, pa.ArrowInvalid, pa.ArrowNotImplementedError) as error:  # twice there, not UTF-8, a list
+        raise SourceError(f"{file}: {names} and {texts} must be one column of text each: {error}") from None
     return {str(name): text.as_py() for name, text in found if name.is_valid}
+
+
+def _shown(path: Path) -> str:
+    """A path as text: bytes of a name that are not UTF-8, which no table holds, as `\\udcff`."""
+    return str(path).encode("utf-8", "backslashreplace").decode()
 
 
 class _Writer:

@@ -91,7 +91,10 @@ class HeadScorer(FeatureScorer):
         """One number a row."""
         if self._head is None:
             raise RuntimeError(f"{self.name}: load() was not called")
-        return {self._column: self._head(features)}
+        try:
+            return {self._column: self._head(features)}
+        except ValueError as error:  # heads raise it for features of another length alone
+            raise ConfigError(f"score.{self.name}.features: {self.source} does not fit the head: {error}") from None
 
 
 class AestheticV2Scorer(HeadScorer):

@@ -13,7 +13,8 @@ from curate.errors import WeightsError
 from curate.score.weight_files import sha256_of_folder
 from curate.score.weights import in_hub_cache
 
-# Safetensors only: transformers would read a pickled .bin as well.
+# Safetensors only: transformers would read a pickled .bin as well. Its `trust_remote_code=False` is written out at each
+# call, since without it a model with code of its own asks on the terminal whether to run that.
 WEIGHT_NAMES = ("model.safetensors", "model.safetensors.index.json")
 
 
@@ -42,7 +43,12 @@ class HubModel:
         found = self.file("config.json")
         if found is None:
             raise WeightsError(f"{self.where}: {self._absent()}")
-        content: Mapping[str, Any] = json.loads(found.read_text())
+        try:
+            content = json.loads(found.read_text())
+        except ValueError as error:
+            raise WeightsError(f"{self.where}: {found} is not JSON: {error}") from None
+        if not isinstance(content, dict):
+            raise WeightsError(f"{self.where}: {found} is not a model's configuration")
         return content
 
     def identity(self) -> Mapping[str, Any]:

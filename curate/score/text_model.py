@@ -21,7 +21,9 @@ class TextClassifier:
     """Model and tokenizer on one device."""
 
     def __init__(self, source: str, activation: str, device: Device, batch_size: int) -> None:
-        model: Any = AutoModelForSequenceClassification.from_pretrained(source, use_safetensors=True)
+        model: Any = AutoModelForSequenceClassification.from_pretrained(
+            source, trust_remote_code=False, use_safetensors=True
+        )
         several = model.config.problem_type == "multi_label_classification"
         sigmoid = activation == "sigmoid" or (activation == "auto" and several)
 
@@ -41,7 +43,9 @@ class TextEncoder:
 
     def __init__(self, source: str, pool: Pool, max_tokens: int, device: Device, batch_size: int) -> None:
         """Raises PlanError where the pooler was asked for and the file has none."""
-        found: Any = AutoModel.from_pretrained(source, use_safetensors=True, output_loading_info=True)
+        found: Any = AutoModel.from_pretrained(
+            source, trust_remote_code=False, use_safetensors=True, output_loading_info=True
+        )
         model, info = found
         absent = [name for name in info["missing_keys"] if name.startswith("pooler")]
         if pool == "pooler" and (absent or getattr(model, "pooler", None) is None):
@@ -83,7 +87,7 @@ class _Tower:
     ) -> None:
         torch.set_num_threads(device.threads)
         tokenizers: Any = AutoTokenizer  # untyped
-        self._tokenizer = tokenizers.from_pretrained(source)
+        self._tokenizer = tokenizers.from_pretrained(source, trust_remote_code=False)
         self._model = model.eval().to(device.name)
         self._head, self._width, self._max_tokens = head, width, max_tokens
         self._device, self._batch_size = device.name, batch_size

@@ -26,6 +26,8 @@ if TYPE_CHECKING:
 
 Width = Annotated[int, Field(gt=0)]
 Triple = tuple[float, float, float]
+Deviation = Annotated[float, Field(gt=0)]
+Deviations = tuple[Deviation, Deviation, Deviation]
 IMAGENET_MEAN: Triple = (0.485, 0.456, 0.406)
 IMAGENET_STD: Triple = (0.229, 0.224, 0.225)
 
@@ -114,7 +116,12 @@ class HfClassifierScorer(VisionScorer):
         labels = self.model.config.get("id2label")
         if not labels:
             raise ConfigError(f"score.{name}.model: {settings.model} names no labels; it is no classifier")
-        self.labels = column_names([labels[key] for key in sorted(labels, key=int)])
+        try:
+            self.labels = column_names([labels[key] for key in sorted(labels, key=int)])
+        except (ValueError, TypeError, AttributeError):
+            raise ConfigError(
+                f"score.{name}.model: id2label of {settings.model} is no map of numbers to names"
+            ) from None
 
     def identity(self) -> Mapping[str, Any]:
         """The model, and how pixels become numbers."""
@@ -139,7 +146,10 @@ class HfEmbedScorer(VisionScorer):
     def __init__(self, name: str, settings: HubSettings) -> None:
         super().__init__(name, settings)
         self.model, self._preprocess = HubModel(f"score.{name}.model", settings.model), settings.preprocess
-        self.width = int(self.model.config["hidden_size"])
+        width = self.model.config.get("hidden_size")
+        if not isinstance(width, int) or width < 1:
+            raise ConfigError(f"score.{name}.model: {settings.model} names no hidden_size; it is no plain vision tower")
+        self.width = width
 
     def identity(self) -> Mapping[str, Any]:
         """The model, and how pixels become numbers."""
@@ -215,7 +225,7 @@ class FileSettings(ModelSettings):
     side: Width = 224
     resize: Literal["squash", "crop"] = "squash"
     mean: Triple = IMAGENET_MEAN
-    std: Triple = IMAGENET_STD
+    std: Deviations = IMAGENET_STD
 
 
 class TorchScriptSettings(FileSettings, PreprocessSettings):

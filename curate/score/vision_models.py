@@ -18,7 +18,7 @@ from safetensors.torch import load_file
 from torchvision import transforms
 from transformers import AutoImageProcessor, AutoModel, AutoModelForImageClassification
 
-from curate.errors import WeightsError
+from curate.errors import ConfigError, WeightsError
 from curate.score.decode import Picture
 from curate.score.detectors import providers
 from curate.score.onnx_session import open_session
@@ -44,8 +44,8 @@ class VisionModel:
 
 def open_hf_classifier(source: str, mode: Mode, device: Device) -> VisionModel:
     """Probabilities in the order of the configuration's labels."""
-    processor = _PROCESSORS.from_pretrained(source)
-    model = AutoModelForImageClassification.from_pretrained(source, use_safetensors=True)
+    processor = _PROCESSORS.from_pretrained(source, trust_remote_code=False)
+    model = AutoModelForImageClassification.from_pretrained(source, trust_remote_code=False, use_safetensors=True)
     several = model.config.problem_type == "multi_label_classification"
 
     def head(outputs: Any) -> torch.Tensor:
@@ -57,8 +57,8 @@ def open_hf_classifier(source: str, mode: Mode, device: Device) -> VisionModel:
 
 def open_hf_embedder(source: str, mode: Mode, device: Device) -> VisionModel:
     """Unit class tokens after the last normalisation: what DINOv2's and Web-SSL's cards use as image features."""
-    processor = _PROCESSORS.from_pretrained(source)
-    model = AutoModel.from_pretrained(source, use_safetensors=True)
+    processor = _PROCESSORS.from_pretrained(source, trust_remote_code=False)
+    model = AutoModel.from_pretrained(source, trust_remote_code=False, use_safetensors=True)
 
     def head(outputs: Any) -> torch.Tensor:
         return _unit(outputs.last_hidden_state[:, 0])
@@ -68,8 +68,11 @@ def open_hf_embedder(source: str, mode: Mode, device: Device) -> VisionModel:
 
 def open_timm(name: str, weights: Path, classes: int, mode: Mode, device: Device) -> VisionModel:
     """Softmax over `classes`, or unit features when 0, after timm's evaluation transform. Raises WeightsError."""
-    model = timm.create_model(name, pretrained=False, num_classes=classes)
-    state = load_file(weights) if weights.suffix == ".safetensors" else _tensors(weights)
+    try:
+        model = timm.create_model(name, pretrained=False, num_classes=classes)
+    except RuntimeError as error:
+        raise ConfigError(f"timm has no such model: {error}") from None
+    state = _tensors(weights)
     wanted = model.state_dict()
     kept = {key: value for key, value in state.items() if key in wanted and value.shape == wanted[key].shape}
     missing = sorted(set(wanted) - set(kept))
@@ -96,6 +99,7 @@ def open_torchscript(weights: Path, settings: TorchScriptSettings, device: Devic
 def open_onnx(weights: Path, settings: FileSettings, output: str | None, unit: bool, device: Device) -> VisionModel:
     """The output as it is, or as unit vectors; [N, h, w, 3] or [N, 3, h, w], of bytes or floats, as the file says."""
     session = open_session(weights, threads=device.threads, providers=providers(device))
+    _refuse_unfit(session, weights, settings, output)
     taken = session.get_inputs()[0]
     last, whole = taken.shape[-1] == 3, taken.type == "tensor(uint8)"
     transform = _squared(settings, whole=whole)
@@ -110,10 +114,23 @@ def open_onnx(weights: Path, settings: FileSettings, output: str | None, unit: b
         ]
         numbers = np.concatenate(rows)
         if unit:
-            numbers = numbers / np.maximum(np.linalg.norm(numbers, axis=1, keepdims=True), 1e-12)
+            wide = numbers.astype(np.float64)  # squares of float32 overflow, and the quotient was a vector of zeros
+            numbers = wide / np.maximum(np.linalg.norm(wide, axis=1, keepdims=True), 1e-12)
         return numbers.astype(np.float32)
 
     return VisionModel(lambda picture: np.asarray(transform(picture.rgb)), run)
+
+
+def _refuse_unfit(session: ort.InferenceSession, weights: Path, settings: FileSettings, output: str | None) -> None:
+    """Raises WeightsError for a network that does not take one picture as the entry says, or lacks its output."""
+    shapes, given = [one.shape for one in session.get_inputs()], [one.name for one in session.get_outputs()]
+    side = settings.side
+    fits = len(shapes) == 1 and len(shapes[0]) == 4 and 3 in (shapes[0][1], shapes[0][3])
+    sides = [] if not fits else shapes[0][1:3] if shapes[0][3] == 3 else shapes[0][2:]
+    if not fits or any(isinstance(one, int) and one != side for one in sides):
+        raise WeightsError(f"{weights} takes {shapes}, expected one input of pictures, {side} x {side} (`side`)")
+    if output and output not in given:
+        raise WeightsError(f"{weights} has no output {output!r}; there are {', '.join(given)}")
 
 
 def _run_fixed(session: ort.InferenceSession, names: list[str], taken: str, batch: Input, fixed: int) -> Float32:
@@ -121,7 +138,10 @@ def _run_fixed(session: ort.InferenceSession, names: list[str], taken: str, batc
     count = len(batch)
     filled = batch if count == fixed else np.concatenate([batch, np.repeat(batch[-1:], fixed - count, axis=0)])
     (found,) = session.run(names, {taken: filled})
-    return np.asarray(found, dtype=np.float32).reshape(fixed, -1)[:count]
+    numbers = np.asarray(found, dtype=np.float32)
+    if numbers.ndim == 0 or len(numbers) != fixed:  # reshaping would deal one picture's numbers out to others
+        raise ConfigError(f"the network gives {list(numbers.shape)} for {fixed} pictures, expected a row each")
+    return numbers.reshape(fixed, -1)[:count]
 
 
 def _split(
@@ -199,8 +219,10 @@ def _squared(settings: FileSettings, *, whole: bool = False) -> transforms.Compo
 
 def _tensors(path: Path) -> dict[str, torch.Tensor]:
     try:
+        if path.suffix == ".safetensors":
+            return load_file(path)
         found = torch.load(path, map_location="cpu", weights_only=True)
     except Exception as error:  # torch raises pickle, zip and runtime errors of many classes here
-        raise WeightsError(f"{path} is not a torch file of tensors alone: {error}") from None
+        raise WeightsError(f"{path} is not a file of tensors alone: {error}") from None
     state = found.get("state_dict", found) if isinstance(found, dict) else {}
     return {str(key): value for key, value in state.items() if isinstance(value, torch.Tensor)}

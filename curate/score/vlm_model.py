@@ -32,9 +32,11 @@ class VlmModel:
         self._device = device.name
         processors: Any = AutoProcessor  # untyped
         self._own = threading.local()  # a processor a thread: their tokenizers refuse a second one
-        self._processor = processors.from_pretrained(source)
+        self._processor = processors.from_pretrained(source, trust_remote_code=False)
         dtype = torch.bfloat16 if device.name == "cuda" else torch.float32  # what these models were trained in
-        model: Any = AutoModelForImageTextToText.from_pretrained(source, use_safetensors=True, dtype=dtype)
+        model: Any = AutoModelForImageTextToText.from_pretrained(
+            source, trust_remote_code=False, use_safetensors=True, dtype=dtype
+        )
         self._model = model.eval().to(device.name)
         tokenizer = self._processor.tokenizer
         self._yes, self._no = (_first_tokens(tokenizer, words) for words in (YES, NO))
