@@ -63,6 +63,14 @@ class HubModel:
         if not any(self.file(name) for name in WEIGHT_NAMES):
             raise WeightsError(f"{self.where}: no {' or '.join(WEIGHT_NAMES)}; {self._absent()}")
 
+    def unloadable(self, error: Exception) -> WeightsError:
+        """What `transformers` said on loading; its own advice, `trust_remote_code=True`, is none here."""
+        if "custom code" in str(error):
+            said = "it brings Python of its own, which is never run; use a model that `transformers` knows"
+        else:
+            said = (str(error).splitlines() or [type(error).__name__])[0]
+        return WeightsError(f"{self.where}: {self.name}: {said}")
+
     def _absent(self) -> str:
         if self._folder is not None:
             return f"{self._folder} is no folder that `save_pretrained` wrote"

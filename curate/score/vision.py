@@ -135,7 +135,10 @@ class HfClassifierScorer(VisionScorer):
         """Softmax or sigmoid of the logits."""
         from curate.score.vision_models import open_hf_classifier  # noqa: PLC0415  # torch: on workers only
 
-        return open_hf_classifier(self.model.source, self._preprocess, device)
+        try:
+            return open_hf_classifier(self.model.source, self._preprocess, device)
+        except (ValueError, OSError) as error:
+            raise self.model.unloadable(error) from error
 
 
 class HfEmbedScorer(VisionScorer):
@@ -163,7 +166,10 @@ class HfEmbedScorer(VisionScorer):
         """Unit class tokens."""
         from curate.score.vision_models import open_hf_embedder  # noqa: PLC0415  # torch: on workers only
 
-        return open_hf_embedder(self.model.source, self._preprocess, device)
+        try:
+            return open_hf_embedder(self.model.source, self._preprocess, device)
+        except (ValueError, OSError) as error:
+            raise self.model.unloadable(error) from error
 
 
 class TimmClassifierSettings(PreprocessSettings):

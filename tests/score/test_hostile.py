@@ -73,7 +73,7 @@ def test_a_models_own_code_is_never_offered(folder: Path, tmp_path: Path, monkey
     (tmp_path / "own.py").write_text(f"import os; os.mkdir({str(tmp_path / 'ran')!r})")
     (tmp_path / "model.safetensors").write_bytes(b"")
     monkeypatch.setattr("builtins.input", lambda *_: "y")
-    with pytest.raises(ValueError, match="custom code"):
+    with pytest.raises(WeightsError, match="Python of its own, which is never run"):
         scored(folder, "h", h={"scorer": "hf_classifier", "model": str(tmp_path)})
     assert not (tmp_path / "ran").exists()
 
