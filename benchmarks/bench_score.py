@@ -320,6 +320,9 @@ def main() -> None:
     work = gather(settings.images, settings.count)
     groups = {"all": LIGHT, "gpu": ("phash", *HEAVY, "faces", "text")}
     names = groups.get(settings.names) or [name for name in settings.names.split(",") if name]
+    unknown = sorted({*names} - {*ENTRIES})
+    if unknown:
+        parser.error(f"--with {unknown[0]}: expected of {', '.join(ENTRIES)}; clip always runs")
     ratios: dict[str, float] = {}
     on_gpu = settings.device == "cuda" or (settings.device == "auto" and gpu_present())
     with tempfile.TemporaryDirectory(prefix="curate-bench-clip-") as folder:
