@@ -7,7 +7,7 @@ its words stay in `error`.
 
 import hashlib
 import io
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack
 from itertools import chain
 from typing import Any, BinaryIO
@@ -95,15 +95,7 @@ class AdoptStage(Stage):
 
     def process(self, task: Task, batches: Iterator[pa.RecordBatch]) -> Iterator[Mapping[str, pa.RecordBatch]]:
         """One row for one row; see Stage."""
-        with ExitStack() as stack:
-            tars: dict[str, _Tar] = {}
-            for batch in batches:
-                rows = []
-                for row in batch.to_pylist():
-                    if row["pool_tar"] not in tars:
-                        tars[row["pool_tar"]] = _Tar(row["pool_tar"], stack)
-                    rows.append(tars[row["pool_tar"]].find(row))
-                yield {"images": pa.RecordBatch.from_pylist(rows, schema=IMAGES)}
+        return _looked_up(batches, _Tar.find, IMAGES)
 
 
 class JoinedStage(Stage):
@@ -148,18 +140,22 @@ class JoinedStage(Stage):
             return
         whole = chain([first], batches)
         adopted = first.num_rows and first.column("pool_tar")[0].as_py() in self._tars
-        yield from self._copied(whole) if adopted else self._fetch.process(task, whole)
+        yield from _looked_up(whole, _Tar.taken, COPIED) if adopted else self._fetch.process(task, whole)
 
-    def _copied(self, batches: Iterator[pa.RecordBatch]) -> Iterator[Mapping[str, pa.RecordBatch]]:
-        with ExitStack() as stack:
-            tars: dict[str, _Tar] = {}
-            for batch in batches:
-                rows = []
-                for row in batch.to_pylist():
-                    if row["pool_tar"] not in tars:
-                        tars[row["pool_tar"]] = _Tar(row["pool_tar"], stack)
-                    rows.append(tars[row["pool_tar"]].taken(row))
-                yield {"images": pa.RecordBatch.from_pylist(rows, schema=COPIED)}
+
+def _looked_up(
+    batches: Iterator[pa.RecordBatch], look: Callable[["_Tar", Mapping[str, Any]], dict[str, Any]], schema: pa.Schema
+) -> Iterator[Mapping[str, pa.RecordBatch]]:
+    """A row for each row, by `look` in the tar that it names; each tar is opened once."""
+    with ExitStack() as stack:
+        tars: dict[str, _Tar] = {}
+        for batch in batches:
+            rows = []
+            for row in batch.to_pylist():
+                if row["pool_tar"] not in tars:
+                    tars[row["pool_tar"]] = _Tar(row["pool_tar"], stack)
+                rows.append(look(tars[row["pool_tar"]], row))
+            yield {"images": pa.RecordBatch.from_pylist(rows, schema=schema)}
 
 
 def joined_stage(fetch: Stage, samples: TableSpec, tars: Sequence[str]) -> Stage:

@@ -44,15 +44,6 @@ LONGEST_LINE = 20.0  # letter-heights that one region may count: one rule or fen
 # Letter-heights that a region counts besides its length: labels of a chart are short and many, a meme's lines long and
 # few. Heavy against the rest, mean of four sizes and qualities: 0.995 AUC and not 0.991. Chosen on half of the images
 # (2 to 6 lie within 0.001); on the other half nothing is lost.
-REGION = 0.4  # least mean probability inside a region; PaddleOCR has 0.5-0.6, which loses faint text
-UNCLIP = 1.6  # DB shrinks regions when training: grow by area * 1.6 / perimeter
-LEAST_SIDE = 2.0  # pixels, before growing
-MOST_REGIONS = 1000  # contours looked at per canvas, PaddleOCR's max_candidates: bounds noise pictures
-GIANT = 0.5  # from this height on half a region's length counts, in the density alone: any centred object looks so
-LONGEST_LINE = 20.0  # letter-heights that one region may count: one rule or fence is not a page
-# Letter-heights that a region counts besides its length: labels of a chart are short and many, a meme's lines long and
-# few. Chosen on half of the images (1 to 8 lie within 0.002), heavy against the rest 0.993 AUC and not 0.990; 0.992
-# and 0.992 on the other half, each the mean of three sizes.
 REGION = 4.0
 HALF_PAGE = 100.0  # letter-heights at which the density is 0.5; signs and memes end here, documents begin
 
